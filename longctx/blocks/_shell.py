@@ -1,0 +1,178 @@
+"""The shell that every block shares, so that only the mixer differs between two rows of a table.
+
+    x = x + mixer(attn_norm(x));  x = x + ffn_down(gelu(ffn_up(ffn_norm(x))))
+
+Letters: B batch, T sequence length, D d_model, H n_heads, G num_kv_heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.errors import UsageError
+
+# Tokens that inference takes through the block at a time. On a CPU the hidden tensor of a slab then stays in the
+# cache and its pages are not faulted in again at every call; on a GPU slabs only bound the memory of long sequences.
+CPU_SLAB_TOKENS = 1024
+GPU_SLAB_TOKENS = 1 << 18
+
+
+class PreNormBlock(nn.Module):
+    """Base of all blocks: norms, projections, feed-forward, dropout, streaming in slabs. A subclass gives `mix`.
+
+    Parameters (names are part of the contract): attn_norm, ffn_norm, qkv_proj.weight `[D + 2GK, D]` (rows q, k, v),
+    out_proj `[D, D]`, ffn_up `[4D, D]`, ffn_down `[D, 4D]`.
+    """
+
+    streams = True
+    """Whether inference may take the sequence through `mix` slab by slab, the state carrying it on."""
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        num_kv_heads: int | None = None,
+        dropout: float = 0.0,
+        causal: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = n_heads if num_kv_heads is None else num_kv_heads
+        check_counts(d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads)
+        if d_model % n_heads:
+            raise UsageError(f"d_model {d_model} is not divisible by n_heads {n_heads}")
+        if n_heads % num_kv_heads:
+            raise UsageError(f"n_heads {n_heads} is not divisible by num_kv_heads {num_kv_heads}")
+        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+            raise UsageError(f"dropout must lie in [0, 1), not {dropout!r}")
+        if not isinstance(causal, bool):
+            raise UsageError(f"causal must be true or false, not {causal!r}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.n_heads, self.num_kv_heads = d_model, n_heads, num_kv_heads
+        self.head_dim = d_model // n_heads
+        self.dropout, self.causal = float(dropout), causal
+        self.attn_norm = nn.LayerNorm(d_model, **factory)
+        self.qkv_proj = nn.Linear(d_model, d_model + 2 * num_kv_heads * self.head_dim, bias=False, **factory)
+        self.out_proj = nn.Linear(d_model, d_model, **factory)
+        self.ffn_norm = nn.LayerNorm(d_model, **factory)
+        self.ffn_up = nn.Linear(d_model, 4 * d_model, **factory)
+        self.ffn_down = nn.Linear(4 * d_model, d_model, **factory)
+
+    # -- what a block defines ---------------------------------------------------------------------------------------
+
+    def mix(self, u: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
+        """The mixer: u `[B, t, D]` (normed) and the state so far -> (mixed `[B, t, D]`, state or None).
+
+        state is what `init_state` or an earlier call gave, or None at the start of a sequence.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int) -> Any:
+        """The state at the start of a sequence, on the block's device and dtype. Raises UsageError if not causal."""
+        raise NotImplementedError
+
+    @property
+    def path(self) -> str:
+        """Which implementation runs on this block's device and dtype, in words, for the results."""
+        return "torch"
+
+    # -- what all blocks do alike -----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, state: Any = None, *, keep_state: bool = True) -> tuple[Tensor, Any]:
+        """x `[B, T, D]` -> (y `[B, T, D]`, state).
+
+        state carries a stream on from an earlier call; the returned one is None with keep_state=False or without
+        causality. Raises UsageError for an input of the wrong shape, or a state where there can be none.
+        """
+        self.check_input(x, state)
+        keep_state = keep_state and self.causal
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            mixed, state = self.mix(self.attn_norm(x), state, keep_state)
+            x = x + F.dropout(mixed, self.dropout, self.training)
+            return x + self.feed_forward(x), state
+        return self._infer(x, state, keep_state)
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token: x_t `[B, 1, D]` -> (y_t `[B, 1, D]`, state). Equal to `forward`; consumes the state given."""
+        self.check_causal("step")
+        if x_t.dim() != 3 or x_t.shape[1] != 1:
+            raise UsageError(f"step takes one token, [B, 1, D], not {list(x_t.shape)}")
+        return self.forward(x_t, state)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """ffn_down(gelu(ffn_up(ffn_norm(x)))) with exact (erf) GELU and dropout: `[B, T, D]` -> `[B, T, D]`."""
+        hidden = F.gelu(self.ffn_up(self.ffn_norm(x)))
+        return F.dropout(self.ffn_down(hidden), self.dropout, self.training)
+
+    def split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv `[B, T, D + 2GK]` -> views q `[B, T, H, K]`, k and v `[B, T, G, K]`."""
+        sizes = [self.n_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = qkv.split([n * self.head_dim for n in sizes], dim=-1)
+        return tuple(t.unflatten(-1, (n, self.head_dim)) for t, n in zip((q, k, v), sizes, strict=True))
+
+    def _infer(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
+        """Forward without autograd: in slabs, through buffers that are reused, into one output."""
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        slabs = list(self._slabs(x))
+        hidden: Tensor | None = None
+        mixed_whole: Tensor | None = None
+        if not self.streams or not self.causal:
+            mixed_whole, state = self.mix(self.attn_norm(x), state, keep_state)
+        for slab in slabs:
+            if mixed_whole is None:
+                keep = keep_state or slab is not slabs[-1]
+                mixed, state = self.mix(self.attn_norm(x[:, slab]), state, keep)
+            else:
+                mixed = mixed_whole[:, slab]
+            mixed = F.dropout(mixed, self.dropout, self.training)
+            hidden = self.finish(x[:, slab], mixed, out=y[:, slab], hidden=hidden)
+        return y, state
+
+    def finish(self, x: Tensor, mixed: Tensor, *, out: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Both residuals and the feed-forward, without autograd: out = r + ffn(r) with r = x + mixed, all `[B, t, D]`.
+
+        hidden: a buffer of at least B * t * 4D elements from an earlier call; returns the one used.
+        """
+        tokens = x.shape[0] * x.shape[1]
+        residual = torch.add(x, mixed)
+        normed = self.ffn_norm(residual).view(tokens, self.d_model)
+        if hidden is None or hidden.shape[0] < tokens:
+            hidden = x.new_empty(tokens, 4 * self.d_model)
+        wide = hidden[:tokens]
+        torch.addmm(self.ffn_up.bias, normed, self.ffn_up.weight.t(), out=wide)
+        torch.ops.aten.gelu.out(wide, out=wide)
+        down = torch.addmm(self.ffn_down.bias, wide, self.ffn_down.weight.t(), out=normed).view_as(residual)
+        down = F.dropout(down, self.dropout, self.training)
+        torch.add(residual, down, out=out)
+        return hidden
+
+    def _slabs(self, x: Tensor) -> Iterator[slice]:
+        batch, length = x.shape[0], x.shape[1]
+        tokens = CPU_SLAB_TOKENS if x.device.type == "cpu" else GPU_SLAB_TOKENS
+        step = max(1, tokens // batch)
+        for start in range(0, length, step):
+            yield slice(start, min(start + step, length))
+
+    def check_input(self, x: Tensor, state: Any) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] < 1:
+            raise UsageError(f"the input must be [B, T >= 1, {self.d_model}], not {list(x.shape)}")
+        if state is not None:
+            self.check_causal("a carried state")
+
+    def check_causal(self, what: str) -> None:
+        if not self.causal:
+            raise UsageError(f"{type(self).__name__} with causal=False has no {what}: later tokens change earlier ones")
+
+
+def check_counts(*, least: int = 1, **counts: int) -> None:
+    """Raises UsageError unless every count is a whole number of at least `least`."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")

@@ -1,0 +1,270 @@
+"""What is to be measured: block requests, the benchmark's configuration, and one cell of the sweep.
+
+Plain data, standard library only: read by the command line, the supervisor and the worker alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.errors import UsageError
+
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+MODES = ("forward", "train", "decode", "prefill")
+PROTOCOL_VERSION = 1
+"""Raised when the way a number is made changes, so that old and new figures are never mixed by --resume."""
+
+MAX_LENGTH = 1 << 30
+DEFAULT_RUNS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRequest:
+    """A block and the options that its user asked for: one row of a sweep.
+
+    `target` is a label (`BLADE`), `package.module:Name` or `path/to/file.py:Name`.
+    """
+
+    target: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> BlockRequest:
+        """Read `NAME`, `NAME:option=value,option=value` or `path.py:Name:option=value`. Raises UsageError."""
+        head, _, tail = text.strip().rpartition(":")
+        if not head or "=" not in tail:
+            head, tail = text.strip(), ""
+        if not head:
+            raise UsageError(f"no block is named in {text!r}", "write --blocks BLADE DPASSM")
+        options = []
+        for part in filter(None, tail.split(",")):
+            name, equals, value = part.partition("=")
+            if not (name.strip().isidentifier() and equals and value):
+                raise UsageError(
+                    f"cannot read {part!r} in block {text!r}", "options are written NAME:option=value,option=value"
+                )
+            options.append((name.strip(), _parse_value(value.strip())))
+        return cls(target=head, options=tuple(sorted(options)))
+
+    @property
+    def is_user(self) -> bool:
+        """Whether this names a module of the user's own rather than a block of ours."""
+        return ":" in self.target
+
+    @property
+    def name(self) -> str:
+        """Short display name: the label, or the user's class name, with the options as given."""
+        short = self.target.rpartition(":")[2] if self.is_user else self.target
+        return f"{short}:{_format_options(self.options)}" if self.options else short
+
+    def __str__(self) -> str:
+        return f"{self.target}:{_format_options(self.options)}" if self.options else self.target
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() in ("none", "null"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _format_options(options: Iterable[tuple[str, Any]]) -> str:
+    return ",".join(f"{name}={value}" for name, value in options)
+
+
+def parse_blocks(words: Iterable[str]) -> list[BlockRequest]:
+    """Words of `--blocks` as requests, in order, without duplicates.
+
+    A comma separates blocks only in a word without a colon (design section 4).
+    """
+    requests = []
+    for word in words:
+        parts = [word] if ":" in word else [part for part in word.split(",") if part.strip()]
+        requests += [BlockRequest.parse(part) for part in parts]
+    return list(dict.fromkeys(requests))
+
+
+_LENGTH = re.compile(r"(\d+)\s*([kKmM]?)")
+
+
+def parse_length(text: str | int) -> int:
+    """`4096`, `64K` or `1M` (K and M count 1024) as a number of tokens. Raises UsageError."""
+    match = _LENGTH.fullmatch(str(text).strip())
+    if not match:
+        raise UsageError(f"cannot read the length {str(text)!r}", "write it as 4096, 64K or 1M")
+    return check_length(int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()])
+
+
+def check_length(length: int) -> int:
+    """`length` itself if a sequence can have it. Raises UsageError."""
+    if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= MAX_LENGTH:
+        raise UsageError(f"a sequence cannot have {length!r} tokens", f"lengths go from 1 to {MAX_LENGTH:,}")
+    return length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One thing to measure: block x length x batch x dtype x mode x model shape."""
+
+    block: BlockRequest
+    length: int
+    batch_size: int = 1
+    dtype: str = "fp32"
+    mode: str = "forward"
+    d_model: int = 512
+    n_heads: int = 8
+    num_kv_heads: int | None = None
+    layers: int = 1
+    scope: str = "block"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one call processes: B * T, or B in mode decode."""
+        return self.batch_size * (1 if self.mode == "decode" else self.length)
+
+    @property
+    def label(self) -> str:
+        """How messages name this cell."""
+        return f"{self.block.name} at {self.length:,} tokens"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the worker's pipe; `from_json` reads it back."""
+        data = dataclasses.asdict(self)
+        data["block"] = {"target": self.block.target, "options": dict(self.block.options)}
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cell:
+        block = data["block"]
+        request = BlockRequest(target=block["target"], options=tuple(sorted(block["options"].items())))
+        return cls(**{**data, "block": request})
+
+    def key(self, *, identity: Mapping[str, Any], **context: Any) -> str:
+        """The name under which a result is found again by --resume (design section 6).
+
+        identity: what the worker says of the block: resolved `options` and `source_hash`.
+        context: whatever else a number depends on: device name, threads, numeric flags, seed, torch version.
+        """
+        data = self.to_json()
+        data["block"] = {"target": self.block.target, "options": identity["options"]}
+        data["source_hash"] = identity["source_hash"]
+        data["context"] = context
+        data["protocol"] = PROTOCOL_VERSION
+        text = json.dumps(data, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """What to measure and how. The first group holds the published fields with their published defaults.
+
+    Times are in seconds, lengths in tokens. `benchmark_runs` counts samples a round; see `fixed_runs`.
+    """
+
+    d_model: int = 512
+    n_heads: int = 8
+    batch_size: int = 1
+    sequence_lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096, 8192])
+    warmup_runs: int = 3
+    benchmark_runs: int = DEFAULT_RUNS
+    device: str = "auto"
+    torch_benchmark: bool = True
+    cudnn_benchmark: bool = True
+    cudnn_deterministic: bool = False
+    profile_memory: bool = True
+    verbose: bool = True
+    save_results: bool = True
+    results_dir: str = "./reports/benchmark"
+
+    fixed_runs: bool | None = None
+    """True: exactly `benchmark_runs` samples a round. False: at least that many, then on to a tight interval.
+    None: exact when `benchmark_runs` was changed from its default."""
+    blocks: list[str] = field(default_factory=list)
+    output_file: str | None = None
+    dtype: str = "auto"
+    num_kv_heads: int | None = None
+    mode: str = "forward"
+    rounds: int = 3
+    seed: int = 0
+    threads: int | None = None
+    timeout: float = 600.0
+    max_time: float | None = None
+    isolation: str = "worker"
+    resume: bool = False
+    retry: bool = False
+    force: bool = False
+    gate: bool = True
+    cuda_graph: bool = False
+    lightning_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self.sequence_lengths = list(dict.fromkeys(parse_length(length) for length in self.sequence_lengths))
+        if not self.sequence_lengths:
+            raise UsageError("no sequence length is given", "write --sequence-lengths 1K 4K 16K")
+        minima = {"d_model": 1, "n_heads": 1, "batch_size": 1, "warmup_runs": 0, "benchmark_runs": 1, "rounds": 1}
+        optional = {"num_kv_heads": 1, "threads": 1}
+        for name, least in {**minima, **optional}.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("timeout", "max_time"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise UsageError(f"{name} must be a positive number of seconds, not {value!r}")
+        choices = {"dtype": ("auto", *DTYPES), "mode": MODES, "isolation": ("worker", "none")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        if self.d_model % self.n_heads:
+            raise UsageError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}",
+                "every head needs the same width: d_model = n_heads * head width",
+            )
+        if self.num_kv_heads is not None and self.n_heads % self.num_kv_heads:
+            raise UsageError(
+                f"n_heads {self.n_heads} is not divisible by num_kv_heads {self.num_kv_heads}",
+                "every key-value head serves the same number of query heads",
+            )
+
+    @property
+    def exact_runs(self) -> bool:
+        """Whether each round takes exactly `benchmark_runs` samples."""
+        return self.benchmark_runs != DEFAULT_RUNS if self.fixed_runs is None else self.fixed_runs
+
+    def cells(self, blocks: Iterable[BlockRequest], *, dtype: str) -> Iterator[Cell]:
+        """The cells of this configuration: every length, shortest first, and within a length every block."""
+        blocks = list(blocks)
+        for length in sorted(self.sequence_lengths):
+            for block in blocks:
+                yield Cell(
+                    block=block,
+                    length=length,
+                    batch_size=self.batch_size,
+                    dtype=dtype,
+                    mode=self.mode,
+                    d_model=self.d_model,
+                    n_heads=self.n_heads,
+                    num_kv_heads=self.num_kv_heads,
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as stored in every result, published keys first."""
+        data = dataclasses.asdict(self)
+        published = ("d_model", "n_heads", "device", "torch_benchmark", "cudnn_benchmark")
+        return {name: data.pop(name) for name in published} | data
