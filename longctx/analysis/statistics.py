@@ -1,6 +1,6 @@
 """The few statistics that a table rests on: medians over rounds, exact intervals, and when a number is noisy.
 
-Standard library only, and cheap enough to be called between two samples. Samples are seconds, one list a round.
+Standard library only, cheap enough to be called between two samples. Samples are seconds, one list a round.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ MIN_CI_SAMPLES = 6
 UNSTABLE_CI = 0.05
 UNSTABLE_ROUNDS = 0.10
 UNSTABLE_QUARTILES = 0.20
+
+
+def positive(value: object) -> float | None:
+    """`value` as a float if it is a finite number above 0, else None: results files may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if 0.0 < number < math.inf else None
 
 
 def median(values: Iterable[float]) -> float | None:
@@ -36,7 +47,7 @@ def round_median(samples: Iterable[Sequence[float]]) -> float | None:
 
 @functools.lru_cache(maxsize=4096)
 def _ci95_rank(n: int) -> int | None:
-    """Largest k with P(the median lies between the k-th smallest and the k-th largest of n) >= 95%, or None."""
+    """Largest k with P(median between the k-th smallest and the k-th largest of n) >= 95%, or None."""
     if n < MIN_CI_SAMPLES:
         return None
     # Twice the lower binomial tail is the miss probability. Far below the middle the terms are under 1e-30.
@@ -60,7 +71,7 @@ def median_ci95(values: Iterable[float]) -> list[float] | None:
 
 
 def relative_half_width(values: Iterable[float]) -> float | None:
-    """Half the 95% interval of the median, as a fraction of the median. None under 6 samples or at median 0."""
+    """Half the 95% interval of the median over the median. None under 6 samples or at median 0."""
     values = list(values)
     interval, middle = median_ci95(values), median(values)
     if interval is None or not middle:
@@ -69,7 +80,7 @@ def relative_half_width(values: Iterable[float]) -> float | None:
 
 
 def spread(values: Iterable[float]) -> float | None:
-    """(largest - smallest) / median: how far apart rounds are. None of fewer than two values or at median 0."""
+    """(largest - smallest) / median: how far apart rounds are. None under two values or at median 0."""
     values = list(values)
     middle = median(values)
     if len(values) < 2 or not middle:
@@ -91,10 +102,10 @@ def quartile_spread(values: Iterable[float]) -> float | None:
 
 
 def is_unstable(samples: Iterable[Sequence[float]]) -> bool:
-    """Whether the warning `unstable` is due: the samples of a cell disagree by more than a table should hide.
+    """Whether the warning `unstable` is due: the samples disagree by more than a table should hide.
 
-    Any of: 95% interval of the median wider than +-5%; round medians more than 10% apart; the middle half of a
-    round's samples spread over more than 20%. Too few samples to tell is not unstable.
+    Any of: 95% interval of the median wider than +-5%; round medians more than 10% apart; the middle half of
+    a round's samples spread over more than 20%. Too few samples to tell is not unstable.
     """
     rounds = [list(values) for values in samples if values]
     pooled = [value for values in rounds for value in values]

@@ -1,0 +1,100 @@
+"""Which block is fastest at a length, and by how much: ratios of medians taken in the same round, and ranks.
+
+A ratio is time / time of the base: below 1 is faster. Same-round ratios are free of the noise that all cells
+of a round share (clocks, neighbours), so they are steadier than the times themselves.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from longctx.analysis.statistics import positive
+from longctx.results import BenchmarkResult
+
+BASE = "Dense"
+"""The block against which ratios are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Time over time of the base. low and high are the extremes over rounds, or value itself."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+    """Rounds that it was taken over; 0 when the rounds do not match and medians were divided instead."""
+
+
+def ratio_over_rounds(result: BenchmarkResult, base: BenchmarkResult) -> Ratio | None:
+    """Median over rounds of result's round median / base's median of the same round.
+
+    A round that is missing on either side is left out; where no round matches (records without samples,
+    files of another tool) the medians themselves are divided. None unless both are ok and have a time.
+    """
+    if not (result.ok and base.ok):
+        return None
+    pairs = [
+        (positive(statistics.median(ours)), positive(statistics.median(theirs)))
+        for ours, theirs in zip(_samples(result), _samples(base), strict=False)
+        if ours and theirs
+    ]
+    ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
+    if ratios:
+        return Ratio(value=statistics.median(ratios), low=min(ratios), high=max(ratios), rounds=len(ratios))
+    ours, theirs = positive(result.time_s), positive(base.time_s)
+    if ours is None or theirs is None:
+        return None
+    return Ratio(value=ours / theirs, low=ours / theirs, high=ours / theirs, rounds=0)
+
+
+def ratio(result: BenchmarkResult, base: BenchmarkResult) -> float | None:
+    """The value of `ratio_over_rounds`: below 1, `result` is the faster one."""
+    found = ratio_over_rounds(result, base)
+    return found.value if found else None
+
+
+def _samples(result: BenchmarkResult) -> list[list[float]]:
+    return [[v for v in values if positive(v)] for values in result.samples if isinstance(values, list)]
+
+
+def comparable(result: BenchmarkResult) -> tuple:
+    """What two rows must share to be compared: length, batch, mode, dtype, model shape and device."""
+    config = result.config if isinstance(result.config, dict) else {}
+    environment = result.environment if isinstance(result.environment, dict) else {}
+    shape = (str(config.get(name)) for name in ("d_model", "n_heads", "num_kv_heads"))
+    device = str(environment.get("device_name") or config.get("device"))
+    return (result.sequence_length, result.batch_size, result.mode, result.dtype, *shape, device)
+
+
+def base_of(
+    result: BenchmarkResult, results: Iterable[BenchmarkResult], name: str = BASE
+) -> BenchmarkResult | None:
+    """The ok row of block `name` that `result` may be compared with, or None."""
+    wanted = comparable(result)
+    for other in results:
+        if other.block_name == name and other.ok and comparable(other) == wanted:
+            return other
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A row of a ranking. place counts from 1; ratio is against the base, None where there is none."""
+
+    place: int
+    result: BenchmarkResult
+    ratio: Ratio | None
+
+
+def rank(results: Iterable[BenchmarkResult], length: int, *, base: str = BASE) -> list[Ranked]:
+    """The ok rows at `length`, fastest first by time per token, with their ratios to block `base`."""
+    rows = [r for r in results if r.sequence_length == length and r.ok and positive(r.time_s)]
+    rows.sort(key=lambda r: r.time_s / max(1, r.batch_size))
+    ranked = []
+    for place, row in enumerate(rows, start=1):
+        other = base_of(row, rows, base)
+        ranked.append(Ranked(place=place, result=row, ratio=ratio_over_rounds(row, other) if other else None))
+    return ranked
