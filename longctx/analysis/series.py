@@ -1,0 +1,155 @@
+"""From results to the curves of a picture: which figure, which rows form one curve, which rows have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.analysis.statistics import positive
+from longctx.results import BenchmarkResult
+
+MIB = 1024.0**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A figure that can be drawn over length. kind says what it counts: s, tokens/s, bytes, bytes/token."""
+
+    name: str
+    title: str
+    kind: str
+    value: Callable[[BenchmarkResult], float | None]
+
+
+@dataclass(kw_only=True)
+class Series:
+    """One curve: (length in tokens, value in the metric's SI unit), by length."""
+
+    name: str
+    points: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A row that has no point on the curve `name`, and why: its status, or `no figure`."""
+
+    name: str
+    length: int
+    reason: str
+
+
+def _throughput(result: BenchmarkResult) -> float | None:
+    return positive(result.throughput_tokens_per_sec)
+
+
+def _peak_bytes(result: BenchmarkResult) -> float | None:
+    peak = positive(result.peak_memory_mb)
+    return peak and peak * MIB
+
+
+def _peak_bytes_per_token(result: BenchmarkResult) -> float | None:
+    return positive(result.peak_bytes_per_token)
+
+
+def _allocated_bytes_per_token(result: BenchmarkResult) -> float | None:
+    share = positive(result.memory_efficiency_mb_per_token)
+    return share and share * MIB
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(name="time", title="Forward time", kind="s", value=lambda r: positive(r.time_s)),
+        Metric(name="throughput", title="Throughput", kind="tokens/s", value=_throughput),
+        Metric(name="memory", title="Peak memory", kind="bytes", value=_peak_bytes),
+        Metric(
+            name="memory-per-token",
+            title="Peak memory per token",
+            kind="bytes/token",
+            value=_peak_bytes_per_token,
+        ),
+        Metric(name="scaling", title="Scaling of time", kind="s", value=lambda r: positive(r.time_s)),
+    )
+}
+"""The five published pictures, in their order."""
+
+_PUBLISHED_MEMORY = Metric(
+    name="memory-per-token",
+    title="Allocated memory per token",
+    kind="bytes/token",
+    value=_allocated_bytes_per_token,
+)
+
+
+def metric_for(name: str, results: Iterable[BenchmarkResult]) -> Metric:
+    """The metric `name`; memory-per-token falls back on the published field where no record has ours.
+
+    Peak over tokens and allocated over tokens are different figures, so one picture never mixes them.
+    """
+    results = list(results)
+    ours, published = (any(map(f, results)) for f in (_peak_bytes_per_token, _allocated_bytes_per_token))
+    if name == "memory-per-token" and published and not ours:
+        return _PUBLISHED_MEMORY
+    metric = METRICS[name]
+    modes = {r.mode for r in results}
+    if metric.kind == "s" and len(modes) == 1 and (mode := modes.pop()) != "forward":
+        titles = {"time": f"{str(mode).capitalize()} time", "scaling": f"Scaling of {mode} time"}
+        return Metric(name=name, title=titles[name], kind="s", value=metric.value)
+    return metric
+
+
+def collect(
+    runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric
+) -> tuple[list[Series], list[Missing]]:
+    """The curves of `runs` (label of a file -> its rows), and the rows that have no point.
+
+    A row's curve is its block, with whatever else differs among all rows added to the name: dtype, batch,
+    mode, model shape, file. Of two rows for the same point the later one counts.
+    """
+    rows = [(label, result) for label, results in runs.items() for result in results]
+    varying = _varying(result for _, result in rows)
+    points: dict[str, dict[int, float]] = {}
+    missing: dict[tuple[str, int], Missing] = {}
+    for label, result in rows:
+        name = _series_name(result, varying, label if len(runs) > 1 else "")
+        length = result.sequence_length
+        value = metric.value(result) if result.ok else None
+        if value is None:
+            reason = "no figure" if result.ok else str(result.status)
+            points.get(name, {}).pop(length, None)
+            missing[name, length] = Missing(name=name, length=length, reason=reason)
+        else:
+            points.setdefault(name, {})[length] = value
+            missing.pop((name, length), None)
+    curves = [Series(name=name, points=sorted(values.items())) for name, values in points.items() if values]
+    return curves, sorted(missing.values(), key=lambda m: (m.length, m.name))
+
+
+def _traits(result: BenchmarkResult) -> dict[str, Any]:
+    config = result.config if isinstance(result.config, Mapping) else {}
+    return {
+        "mode": result.mode,
+        "dtype": result.dtype,
+        "B": result.batch_size,
+        "D": config.get("d_model"),
+        "H": config.get("n_heads"),
+        "G": config.get("num_kv_heads"),
+    }
+
+
+def _varying(results: Iterable[BenchmarkResult]) -> list[str]:
+    seen: dict[str, set[str]] = {}
+    for result in results:
+        for name, value in _traits(result).items():
+            seen.setdefault(name, set()).add(repr(value))
+    return [name for name, values in seen.items() if len(values) > 1]
+
+
+def _series_name(result: BenchmarkResult, varying: Iterable[str], label: str) -> str:
+    traits = _traits(result)
+    words = [str(result.block_name)]
+    for name in varying:
+        if traits[name] is not None:
+            words.append(str(traits[name]) if name in ("mode", "dtype") else f"{name}={traits[name]}")
+    return " ".join(words) + (f" ({label})" if label else "")

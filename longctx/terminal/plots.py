@@ -1,0 +1,332 @@
+"""Scaling curves as text: the one file that knows plotext.
+
+plotext is given only finite numbers whose logarithm was taken here (its kernel aborts the process at a NaN,
+and its own log axis loses explicit ticks), never prints by itself, and its colours pass through Rich, which
+drops them for pipes and NO_COLOR. Curves differ by marker, not by colour alone; the legend is ordered as the curves end.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longctx.analysis.scaling import fit_slope
+from longctx.analysis.series import Missing, Series, collect, metric_for
+from longctx.results import BenchmarkResult
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.text import Text
+
+MIN_WIDTH, MAX_WIDTH = 40, 100
+MIN_HEIGHT, MAX_HEIGHT = 12, 20
+MARKERS = "●■▲◆○□△◇▼▽+x*#@%&=$"
+# ANSI colours that are legible on light and dark backgrounds, in the order in which curves take them.
+COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow")
+_COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}
+_GREY = 8
+NAME_LENGTH = 48
+
+_UNITS = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "bytes": ((1024.0**3, "GiB"), (1024.0**2, "MiB"), (1024.0, "KiB"), (1.0, "B")),
+    "bytes/token": ((1024.0**2, "MiB/token"), (1024.0, "KiB/token"), (1.0, "B/token")),
+    "tokens/s": ((1e6, "million tokens/s"), (1.0, "tokens/s")),
+}
+_STATUS_WORDS = {"oom": "OOM"}
+_ASCII = str.maketrans("─│┌┐└┘├┤┬┴┼·µ●■▲◆○□△◇▼▽…", "-|+++++++++.u*#^ooO^+vv~")
+
+
+@dataclass(kw_only=True)
+class _Curve(Series):
+    """A curve with its look: a block keeps marker and colour in all five pictures."""
+
+    marker: str
+    color: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotText:
+    """A drawn plot: title, picture, legend and caption, printable by Rich and readable as plain text."""
+
+    title: Text
+    body: Text
+    legend: Text
+    caption: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in (self.title, self.body, self.legend, self.caption):
+            if part.plain:
+                yield part
+
+    @property
+    def plain(self) -> str:
+        return "\n".join(p.plain for p in (self.title, self.body, self.legend, self.caption) if p.plain)
+
+
+def plot_size(console_width: int) -> tuple[int, int]:
+    """(width, height) in characters of a plot that suits a console of this width."""
+    width = max(1, min(console_width, MAX_WIDTH))
+    return width, max(MIN_HEIGHT, min(width // 5, MAX_HEIGHT))
+
+
+def scaling_plot(
+    results: Sequence[BenchmarkResult] | Mapping[str, Sequence[BenchmarkResult]],
+    *,
+    metric: str,
+    width: int,
+    height: int,
+    title: str | None = None,
+    color: bool = True,
+    ascii_only: bool = False,
+) -> PlotText:
+    """Draw `metric` (time, throughput, memory, memory-per-token, scaling) over sequence length.
+
+    results: the rows of a run, or of several under a label each, which are then laid over each other. Rows
+    without a figure are named in the caption. One length alone is drawn as bars; under 40 columns a table
+    takes the place of the picture. Names and labels are shown as plain text whatever they hold.
+    """
+    from rich.text import Text
+
+    runs = results if isinstance(results, Mapping) else {"": results}
+    chosen = metric_for(metric, [row for rows in runs.values() for row in rows])
+    curves, missing = collect(runs, chosen)
+    styled = [_styled(index, curve) for index, curve in enumerate(curves)]
+    curves = sorted(styled, key=lambda curve: (-curve.points[-1][0], -curve.points[-1][1]))
+    scale, unit = _unit(chosen.kind, [value for curve in curves for _, value in curve.points])
+    lengths = sorted({length for curve in curves for length, _ in curve.points})
+
+    name = plain_name(title) if title else chosen.title
+    heading = f"{name} ({unit}) over tokens"
+    caption = _caption(missing)
+    legend = Text()
+    if not curves:
+        body = Text("Nothing to draw: no row has this figure.")
+    elif width < MIN_WIDTH:
+        body = _table(curves, lengths, scale)
+    elif len(lengths) == 1:
+        heading = f"{name} ({unit}) at {length_label(lengths[0])} tokens"
+        body = _bars(curves, scale, width)
+    else:
+        drawn = _draw(
+            curves, lengths, scale, width, max(height, 6), references=metric == "scaling", color=color
+        )
+        body = Text.from_ansi(drawn, no_wrap=True)
+        legend = _legend(curves, scale, width, slopes=metric == "scaling", color=color)
+    parts = {"title": Text(heading, style="bold"), "body": body, "legend": legend, "caption": caption}
+    if ascii_only:
+        parts = {name: _to_ascii(part) for name, part in parts.items()}
+    return PlotText(**parts)
+
+
+def length_label(length: int) -> str:
+    """A sequence length as people write it: 1K, 64K, 1M (1024-based), or its digits if that is not whole."""
+    for size, letter in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
+        if length >= size and length % size == 0:
+            return f"{length // size}{letter}"
+    return str(length)
+
+
+def plain_name(name: object) -> str:
+    """A name from a file as one line of printable characters: no escapes, no control or direction marks."""
+    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(name))
+    text = " ".join(text.split())
+    return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1] + "…"
+
+
+def number(value: float) -> str:
+    """Three significant digits, with thousands separators and no exponent inside the usual range."""
+    if not 1e-4 <= value < 1e9:
+        return f"{value:.3g}"
+    digits = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{digits}f}"
+
+
+def _unit(kind: str, values: Sequence[float]) -> tuple[float, str]:
+    """(size, name) of the largest unit in which the middle value is at least 1."""
+    middle = sorted(values)[len(values) // 2] if values else 1.0
+    return next(((size, name) for size, name in _UNITS[kind] if middle >= size), _UNITS[kind][-1])
+
+
+def _styled(index: int, curve: Series) -> _Curve:
+    return _Curve(
+        name=plain_name(curve.name),
+        points=curve.points,
+        marker=MARKERS[index % len(MARKERS)],
+        color=COLORS[index % len(COLORS)],
+    )
+
+
+def _draw(
+    curves: Sequence[_Curve],
+    lengths: Sequence[int],
+    scale: float,
+    width: int,
+    height: int,
+    *,
+    references: bool,
+    color: bool,
+) -> str:
+    import plotext
+
+    x_range = _padded([math.log10(length) for length in lengths], 0.0)
+    y_range = _padded([math.log10(value / scale) for curve in curves for _, value in curve.points], 0.3)
+    plotext.terminal.limit(False, False)
+    figure = plotext.figure
+    figure.clear()
+    figure.theme("simple" if color else "colorless")
+    figure.plot_size(width, height)
+    figure.legend(False)
+    if references:
+        start = math.log10(lengths[0]), min(math.log10(c.points[0][1] / scale) for c in curves)
+        for exponent in (1, 2):
+            ends = _reference(start, exponent, x_range[1], y_range[1])
+            figure.draw(figure.signal(*ends, marker=plotext.marker("·", _GREY)).lines())
+    for layer in ("line", "points"):
+        for curve in curves:
+            code = _COLOR_CODES[curve.color]
+            x = [math.log10(length) for length, _ in curve.points]
+            y = [math.log10(value / scale) for _, value in curve.points]
+            if layer == "points":
+                figure.draw(figure.signal(x, y, marker=plotext.marker(curve.marker, code)))
+            elif len(x) > 1:
+                figure.draw(figure.signal(x, y, marker=plotext.marker("braille", code)).lines())
+    ticks = value_ticks(*y_range, rows=height - 4)
+    canvas = width - 2 - max(len(label) for _, label in ticks)
+    x_ticks = _length_ticks(lengths, x_range, canvas)
+    for axis, limits, marks in (("x", x_range, x_ticks), ("y", y_range, ticks)):
+        figure.ruler(axis).ticks([position for position, _ in marks], [label for _, label in marks])
+        figure.ruler(axis).lim(*limits)
+    return figure.build().string().rstrip("\n")
+
+
+def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
+    """A range around `values`, at least `least` wide, with a twentieth of it to spare on both sides."""
+    low, high = min(values), max(values)
+    missing = max(0.0, least - (high - low)) / 2
+    low, high = low - missing, high + missing
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def _reference(
+    start: tuple[float, float], exponent: int, right: float, top: float
+) -> tuple[list[float], list[float]]:
+    """The line of slope `exponent` from `start` to the edge of the picture, both axes logarithmic."""
+    x0, y0 = start
+    reach = min(right - x0, (top - y0) / exponent)
+    return [x0, x0 + reach], [y0, y0 + exponent * reach]
+
+
+def value_ticks(low: float, high: float, *, rows: int) -> list[tuple[float, str]]:
+    """Ticks (log10 position, label) from 10^low to 10^high: decades, else 1-2-5, else finer, as rows allow."""
+    for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(m / 20 for m in range(20, 200))):
+        decades = range(math.floor(low), math.ceil(high) + 1)
+        ticks = [d + math.log10(m) for d in decades for m in mantissas]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    else:
+        ticks = [low + (high - low) * share for share in (0.1, 0.5, 0.9)]
+    stride = max(1, math.ceil(2 * len(ticks) / max(2, rows)))
+    return [(tick, _tick_label(10**tick)) for tick in ticks[::stride]]
+
+
+def _tick_label(value: float) -> str:
+    label = number(value)
+    return label.rstrip("0").rstrip(".") if "." in label and "e" not in label else label
+
+
+def _length_ticks(
+    lengths: Sequence[int], limits: tuple[float, float], columns: int
+) -> list[tuple[float, str]]:
+    """The measured lengths as ticks, leaving out those whose label would touch its neighbour's."""
+    low, high = limits
+    kept: list[tuple[float, str]] = []
+    taken = -math.inf
+    for length in reversed(lengths):
+        position = math.log10(length)
+        column, label = (high - position) / (high - low) * columns, length_label(length)
+        if column - len(label) / 2 >= taken + 1:
+            kept.append((position, label))
+            taken = column + len(label) / 2
+    return kept[::-1]
+
+
+def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool, color: bool) -> Text:
+    """Marker, name and last value of every curve, as they end from top to bottom; entries are not broken."""
+    from rich.text import Text
+
+    longest = max(curve.points[-1][0] for curve in curves)
+    entries = []
+    for curve in curves:
+        length, value = curve.points[-1]
+        words = f" {curve.name} {number(value / scale)}"
+        words += f" at {length_label(length)}" if length < longest else ""
+        slope = fit_slope(curve.points) if slopes else None
+        words += f", local slope {slope.slope:.2f}" if slope else ""
+        entry = Text(curve.marker, style=curve.color if color else "")
+        entries.append(entry.append(words, style="default"))
+    if slopes:
+        entries.append(Text("· slopes of T and T²"))
+    legend, used = Text(), 0
+    for entry in entries:
+        if used:
+            fits = used + 3 + entry.cell_len <= width
+            legend.append("   " if fits else "\n")
+            used = used + 3 if fits else 0
+        legend.append_text(entry)
+        used += entry.cell_len
+    return legend
+
+
+def _bars(curves: Sequence[_Curve], scale: float, width: int) -> Text:
+    """One length: a bar a block, longest value first, from zero."""
+    from rich.text import Text
+
+    values = [curve.points[-1][1] / scale for curve in curves]
+    labels = [number(value) for value in values]
+    names = [curve.name[: max(8, width // 3)] for curve in curves]
+    left, right = max(map(len, names)), max(map(len, labels))
+    room = max(4, width - left - right - 3)
+    lines = [
+        f"{name:<{left}} {label:>{right}} {'━' * max(1, round(room * value / max(values)))}"
+        for name, label, value in zip(names, labels, values, strict=True)
+    ]
+    return Text("\n".join(lines), no_wrap=True)
+
+
+def _table(curves: Sequence[_Curve], lengths: Sequence[int], scale: float) -> Text:
+    """The figures in place of a picture, for a screen too narrow to draw on."""
+    from rich.text import Text
+
+    lines = []
+    for curve in curves:
+        values = dict(curve.points)
+        lines.append(curve.name)
+        lines += [f"  {length_label(t):>6}  {number(values[t] / scale)}" for t in lengths if t in values]
+    return Text("\n".join(lines))
+
+
+def _caption(missing: Sequence[Missing]) -> Text:
+    """Rows without a point, shortest length first: `OOM at 128K: Dense`."""
+    from rich.text import Text
+
+    groups: dict[tuple[str, int], list[str]] = {}
+    for row in missing:
+        groups.setdefault((row.reason, row.length), []).append(plain_name(row.name))
+    lines = [
+        f"{_STATUS_WORDS.get(reason, plain_name(reason))} at {length_label(length)}: {', '.join(names)}"
+        for (reason, length), names in groups.items()
+    ]
+    return Text("\n".join(lines))
+
+
+def _to_ascii(text: Text) -> Text:
+    """The same text in ASCII, for terminals that cannot show more; dots of a curve become full stops."""
+    text = text.copy()
+    plain = text.plain.translate(_ASCII).replace("²", "^2").replace("━", "=")
+    text.plain = "".join(c if c.isascii() else "." if 0x2800 <= ord(c) <= 0x28FF else "?" for c in plain)
+    return text
