@@ -38,16 +38,17 @@ class BlockRequest:
     def parse(cls, text: str) -> BlockRequest:
         """Read `NAME`, `NAME:option=value,option=value` or `path.py:Name:option=value`. Raises UsageError."""
         head, _, tail = text.strip().rpartition(":")
-        if not head or "=" not in tail:
+        if "=" not in tail:
             head, tail = text.strip(), ""
-        if not head:
+        if not head.strip(":"):
             raise UsageError(f"no block is named in {text!r}", "write --blocks BLADE DPASSM")
         options = []
         for part in filter(None, tail.split(",")):
             name, equals, value = part.partition("=")
             if not (name.strip().isidentifier() and equals and value):
                 raise UsageError(
-                    f"cannot read {part!r} in block {text!r}", "options are written NAME:option=value,option=value"
+                    f"cannot read {part!r} in block {text!r}",
+                    "options are written NAME:option=value,option=value",
                 )
             options.append((name.strip(), _parse_value(value.strip())))
         return cls(target=head, options=tuple(sorted(options)))
@@ -213,7 +214,14 @@ class BenchmarkConfig:
         self.sequence_lengths = list(dict.fromkeys(parse_length(length) for length in self.sequence_lengths))
         if not self.sequence_lengths:
             raise UsageError("no sequence length is given", "write --sequence-lengths 1K 4K 16K")
-        minima = {"d_model": 1, "n_heads": 1, "batch_size": 1, "warmup_runs": 0, "benchmark_runs": 1, "rounds": 1}
+        minima = {
+            "d_model": 1,
+            "n_heads": 1,
+            "batch_size": 1,
+            "warmup_runs": 0,
+            "benchmark_runs": 1,
+            "rounds": 1,
+        }
         optional = {"num_kv_heads": 1, "threads": 1}
         for name, least in {**minima, **optional}.items():
             value = getattr(self, name)

@@ -1,0 +1,129 @@
+"""Block requests, lengths, and the configuration: what is understood, and what is refused in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from longctx import BenchmarkConfig
+from longctx.config import BlockRequest, Cell, parse_blocks, parse_length
+from longctx.errors import LongctxError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "options", "name"),
+    [
+        ("BLADE", "BLADE", {}, "BLADE"),
+        ("BLADE:chunk_size=1024", "BLADE", {"chunk_size": 1024}, "BLADE:chunk_size=1024"),
+        (
+            "Dense:causal=false,dropout=0.5",
+            "Dense",
+            {"causal": False, "dropout": 0.5},
+            "Dense:causal=False,dropout=0.5",
+        ),
+        ("package.module:Name", "package.module:Name", {}, "Name"),
+        ("path/to/file.py:Name:scale=x", "path/to/file.py:Name", {"scale": "x"}, "Name:scale=x"),
+    ],
+)
+def test_block_requests_are_read_as_written(text, target, options, name):
+    request = BlockRequest.parse(text)
+    assert (request.target, dict(request.options), request.name) == (target, options, name)
+    assert BlockRequest.parse(str(request)) == request
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":chunk_size=4", "BLADE:chunk size=4", "BLADE:chunk_size=", "BLADE:a=1,b"]
+)
+def test_unreadable_block_requests_are_refused(text):
+    with pytest.raises(UsageError):
+        BlockRequest.parse(text)
+
+
+def test_a_comma_separates_blocks_only_without_a_colon():
+    names = [
+        str(request)
+        for request in parse_blocks(["BLADE,DPASSM", "DPASSM:window_size=8,state_dim=4", "BLADE"])
+    ]
+    assert names == ["BLADE", "DPASSM", "DPASSM:state_dim=4,window_size=8"]
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("4096", 4096), ("64K", 65536), ("1m", 1048576), (17, 17)])
+def test_lengths(text, tokens):
+    assert parse_length(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5K", "many", "99999999999", "", "1G"])
+def test_impossible_lengths_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_length(text)
+
+
+def test_published_defaults():
+    config = BenchmarkConfig()
+    assert (config.d_model, config.n_heads, config.batch_size) == (512, 8, 1)
+    assert config.sequence_lengths == [1024, 2048, 4096, 8192]
+    assert (config.warmup_runs, config.benchmark_runs, config.device) == (3, 10, "auto")
+    assert list(config.to_json())[:5] == [
+        "d_model",
+        "n_heads",
+        "device",
+        "torch_benchmark",
+        "cudnn_benchmark",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_heads": 7},
+        {"num_kv_heads": 3},
+        {"d_model": 0},
+        {"batch_size": -1},
+        {"rounds": 0},
+        {"sequence_lengths": []},
+        {"sequence_lengths": [0]},
+        {"sequence_lengths": [1 << 40]},
+        {"dtype": "int8"},
+        {"device": "tpu"},
+        {"timeout": 0},
+        {"max_time": -5},
+        {"benchmark_runs": True},
+        {"isolation": "container"},
+    ],
+)
+def test_bad_configurations_are_refused(change):
+    with pytest.raises(LongctxError) as caught:
+        BenchmarkConfig(**change)
+    assert caught.value.exit_code == 2
+
+
+def test_runs_are_exact_when_asked_for():
+    assert not BenchmarkConfig().exact_runs
+    assert BenchmarkConfig(benchmark_runs=5).exact_runs
+    assert BenchmarkConfig(fixed_runs=True).exact_runs
+    assert not BenchmarkConfig(benchmark_runs=5, fixed_runs=False).exact_runs
+
+
+def test_cells_go_up_in_length_and_survive_the_pipe():
+    config = BenchmarkConfig(sequence_lengths=[2048, 1024])
+    cells = list(config.cells(parse_blocks(["Dense", "BLADE:chunk_size=8"]), dtype="fp32"))
+    assert [(cell.length, cell.block.name) for cell in cells] == [
+        (1024, "Dense"),
+        (1024, "BLADE:chunk_size=8"),
+        (2048, "Dense"),
+        (2048, "BLADE:chunk_size=8"),
+    ]
+    assert [Cell.from_json(cell.to_json()) for cell in cells] == cells
+
+
+def test_keys_tell_apart_what_a_number_depends_on():
+    cell = Cell(block=BlockRequest(target="BLADE"), length=64)
+    identity = {"options": {"chunk_size": 512}, "source_hash": "a"}
+    key = cell.key(identity=identity, device="cpu", threads=2)
+    assert key == cell.key(identity=identity, threads=2, device="cpu")
+    others = [
+        cell.key(identity=identity, device="cpu", threads=4),
+        cell.key(identity=identity | {"source_hash": "b"}, device="cpu", threads=2),
+        cell.key(identity=identity | {"options": {"chunk_size": 64}}, device="cpu", threads=2),
+        Cell(block=cell.block, length=128).key(identity=identity, device="cpu", threads=2),
+    ]
+    assert len({key, *others}) == 5
