@@ -1,0 +1,243 @@
+"""DPASSM: a dual path of windowed attention and a diagonal state-space model, mixed by a learned gate.
+
+With u = attn_norm(x) and W the window:
+
+    a_t = out_proj(causal attention of token t over the last W tokens, itself included)
+    s_t = tanh(ssm_decay) * s_{t-1} + ssm_in(u_t)
+    g_t = sigmoid(gate_proj(u_t));  mixer = g_t * a_t + (1 - g_t) * ssm_out(s_t)
+
+Letters: B batch, T sequence length, t tokens of one call, D d_model, H n_heads, G num_kv_heads, K head width,
+W window_size, N state_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
+from longctx.config import Cell
+from longctx.errors import UsageError
+from longctx.ops.diagonal_scan import diagonal_scan, scan_dtype
+from longctx.ops.window_attention import window_attention
+
+
+@dataclass(eq=False)
+class _Tape:
+    """Keys and values in arrival order, with room behind them: a token is added without moving the others.
+
+    rows `[B, capacity, 2GK]`, keys then values; the first `used` of them are written and never written again,
+    so that every state that looks at them stays what it was.
+    """
+
+    rows: Tensor
+    used: int
+
+
+@dataclass(kw_only=True, eq=False)
+class DPASSMState:
+    """What a stream carries on.
+
+    s: the recurrent state `[B, N]`, in fp32, or fp64 in an fp64 block.
+    kv: keys and values of the last W - 1 tokens, or of all if there were fewer, oldest first, `[B, n, 2GK]`.
+    tape, end: the tape that kv lies on and where on it kv ends, if it does.
+    """
+
+    s: Tensor
+    kv: Tensor
+    tape: _Tape | None = None
+    end: int = 0
+
+    def detach(self) -> DPASSMState:
+        """The same state, cut off from the graph of what came before."""
+        # A copy: in training the keys are rows of a larger tensor, which would be kept alive.
+        return DPASSMState(s=self.s.detach(), kv=self.kv.detach().clone())
+
+
+class DPASSMBlock(PreNormBlock):
+    """Windowed attention and a diagonal recurrence side by side, under one gate.
+
+    window_size: tokens that the attention sees, the present one included. state_dim: channels of the
+    recurrence. Parameters besides the shared: ssm_in (D -> N, bias), ssm_decay `[N]` (before tanh), ssm_out
+    (N -> D, no bias), gate_proj (D -> D, bias).
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        num_kv_heads: int | None = None,
+        window_size: int = 256,
+        state_dim: int = 64,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_counts(window_size=window_size, state_dim=state_dim)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory
+        )
+        self.window_size, self.state_dim = window_size, state_dim
+        self.ssm_in = nn.Linear(d_model, state_dim, **factory)
+        self.ssm_decay = nn.Parameter(nn.init.uniform_(torch.empty(state_dim, **factory), -0.1, 0.1))
+        self.ssm_out = nn.Linear(state_dim, d_model, bias=False, **factory)
+        self.gate_proj = nn.Linear(d_model, d_model, **factory)
+
+    def init_state(self, batch_size: int, s: Tensor | None = None) -> DPASSMState:
+        """The state at the start of a sequence; s `[B, N]`: the recurrent state to begin from, zeros if None.
+
+        Raises UsageError for an s of another shape.
+        """
+        check_counts(batch_size=batch_size)
+        weight = self.qkv_proj.weight
+        dtype = scan_dtype(weight.dtype)
+        if s is None:
+            s = torch.zeros(batch_size, self.state_dim, device=weight.device, dtype=dtype)
+        elif s.shape != (batch_size, self.state_dim):
+            raise UsageError(f"the state s must be {[batch_size, self.state_dim]}, not {list(s.shape)}")
+        s = s.to(device=weight.device, dtype=dtype)
+        return DPASSMState(s=s, kv=weight.new_zeros(batch_size, 0, self._kv_width))
+
+    def mix(
+        self, u: Tensor, state: DPASSMState | None, keep_state: bool
+    ) -> tuple[Tensor, DPASSMState | None]:
+        batch = u.shape[0]
+        if state is None:
+            state = self.init_state(batch)
+        elif state.s.shape[0] != batch:
+            raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {batch}")
+        decay = torch.tanh(self.ssm_decay.to(scan_dtype(self.ssm_decay.dtype)))
+        s, s_end = diagonal_scan(self.ssm_in(u), decay, state.s)
+        recurrent = self.ssm_out(s.to(self.ssm_out.weight.dtype))
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type):
+            attended, state = self._attend(u, state, s_end, keep_state)
+            return torch.lerp(recurrent, self.out_proj(attended), torch.sigmoid(self.gate_proj(u))), state
+        attended, state = self._attend_in_place(u, state, s_end, keep_state)
+        gate = self.gate_proj(u).sigmoid_()
+        return torch.lerp(recurrent, self.out_proj(attended), gate, out=gate), state
+
+    def _attend(
+        self, u: Tensor, state: DPASSMState, s_end: Tensor, keep_state: bool
+    ) -> tuple[Tensor, DPASSMState | None]:
+        """Attention as autograd can follow it: u `[B, t, D]` -> (attended `[B, t, D]`, state)."""
+        q, kv = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
+        kv = torch.cat([state.kv.to(kv.dtype), kv], dim=1)
+        attended = self._window(q, kv)
+        kept = DPASSMState(s=s_end, kv=self._last(kv)) if keep_state else None
+        return attended, kept
+
+    def _attend_in_place(
+        self, u: Tensor, state: DPASSMState, s_end: Tensor, keep_state: bool
+    ) -> tuple[Tensor, DPASSMState | None]:
+        """The same without autograd. A long slab's projection is written behind the keys carried on, a short
+        one's keys onto the tape: neither moves more than W - 1 old rows, and a single token usually none."""
+        tokens, halo = u.shape[1], state.kv.shape[1]
+        if tokens < self.window_size:
+            q, new = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
+            kv, tape = self._append(state, new)
+            kept = DPASSMState(s=s_end, kv=self._last(kv), tape=tape, end=tape.used) if keep_state else None
+            return self._window(q, kv), kept
+        if u.shape[0] == 1:
+            weight = self.qkv_proj.weight
+            rows = u.new_empty(1, halo + tokens, weight.shape[0])
+            rows[:, :halo, self.d_model :] = state.kv
+            torch.mm(u[0], weight.t(), out=rows[0, halo:])
+            q, kv = rows[:, halo:, : self.d_model], rows[..., self.d_model :]
+        else:
+            q, new = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
+            kv = torch.cat([state.kv, new], dim=1)
+        kept = DPASSMState(s=s_end, kv=self._last(kv).clone()) if keep_state else None
+        return self._window(q, kv), kept
+
+    def _append(self, state: DPASSMState, new: Tensor) -> tuple[Tensor, _Tape]:
+        """Keys and values `[B, n + t, 2GK]`, `new` `[B, t, 2GK]` at their end, and the tape they are on."""
+        halo, tokens = state.kv.shape[1], new.shape[1]
+        tape = state.tape
+        # Another state may have gone on from this one: what lies behind it on the tape is then the other's.
+        goes_on = (
+            tape is not None
+            and tape.used == state.end
+            and tape.used + tokens <= tape.rows.shape[1]
+            and not (tape.rows.is_inference() and not torch.is_inference_mode_enabled())
+        )
+        if not goes_on:
+            room = 2 * self.window_size + tokens
+            tape = _Tape(rows=new.new_empty(new.shape[0], halo + room, self._kv_width), used=halo)
+            tape.rows[:, :halo] = state.kv
+        first = tape.used - halo
+        tape.rows[:, tape.used : tape.used + tokens] = new
+        tape.used += tokens
+        return tape.rows[:, first : tape.used], tape
+
+    def _last(self, kv: Tensor) -> Tensor:
+        return kv[:, max(0, kv.shape[1] - (self.window_size - 1)) :]
+
+    def _window(self, q: Tensor, kv: Tensor) -> Tensor:
+        """q `[B, t, D]`, keys and values `[B, n + t, 2GK]` -> attended `[B, t, D]`."""
+        k, v = kv.unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
+        q = q.unflatten(-1, (self.n_heads, self.head_dim))
+        dropout_p = self.dropout if self.training else 0.0
+        return window_attention(q, k, v, window=self.window_size, dropout_p=dropout_p).flatten(2)
+
+    @property
+    def _kv_width(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+def reference(block: DPASSMBlock, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x `[B, T, D]`, s `[B, N]` or None -> (y `[B, T, D]`, s): a dense mask and a loop over tokens."""
+    batch, length, _ = x.shape
+    heads, groups, width = block.n_heads, block.num_kv_heads, block.head_dim
+    u = block.attn_norm(x)
+    q, k, v = block.qkv_proj(u).split([heads * width, groups * width, groups * width], dim=-1)
+    q = q.view(batch, length, heads, width).transpose(1, 2)
+    k, v = (
+        rows.view(batch, length, groups, width).transpose(1, 2).repeat_interleave(heads // groups, dim=1)
+        for rows in (k, v)
+    )
+    behind = torch.arange(length, device=x.device)[:, None] - torch.arange(length, device=x.device)
+    seen = (behind >= 0) & (behind < block.window_size)
+    scores = (q @ k.transpose(-1, -2) / width**0.5).masked_fill(~seen, float("-inf"))
+    a = block.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1))
+
+    decay = torch.tanh(block.ssm_decay)
+    inputs = block.ssm_in(u)
+    s = x.new_zeros(batch, block.state_dim) if s is None else s
+    states = []
+    for t in range(length):
+        s = decay * s + inputs[:, t]
+        states.append(s)
+    g = torch.sigmoid(block.gate_proj(u))
+    x = x + g * a + (1 - g) * block.ssm_out(torch.stack(states, dim=1))
+    return x + block.ffn_down(F.gelu(block.ffn_up(block.ffn_norm(x)))), s
+
+
+def cost(cell: Cell, options: Mapping[str, Any]) -> Cost:
+    """The shell, the pairs of a window that grows to W, two narrow matrices, a gate and a recurrence."""
+    window, states, width = options["window_size"], options["state_dim"], cell.d_model
+    visible = min(cell.length, window)
+    decode = cell.mode == "decode"
+    queries = 1 if decode else cell.length
+    kv_row = 2 * (cell.num_kv_heads or cell.n_heads) * (width // cell.n_heads)
+    kept = min(cell.length, window - 1)
+    # s is kept in fp32 where keys and values are in half precision: counted in elements of the cell's dtype.
+    s_elements = states * max(4, ELEMENT_BYTES[cell.dtype]) / ELEMENT_BYTES[cell.dtype]
+    return shell_cost(
+        cell,
+        pairs=visible if decode else visible * cell.length - visible * (visible - 1) / 2,
+        weight_elements=2 * width * states + width * width,
+        other_flops=2.0 * states * queries,
+        state_elements=kept * kv_row + s_elements,
+        read_elements=(visible - 1) * kv_row + s_elements,
+    )
+
+
+SPEC = BlockSpec(label="DPASSM", build=DPASSMBlock, reference=reference, cost=cost)
