@@ -19,14 +19,13 @@ UNSTABLE_QUARTILES = 0.20
 
 
 def positive(value: object) -> float | None:
-    """`value` as a float if it is a finite number above 0, else None: results files may hold anything."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """`value` as a float if it is a number between 1e-30 and 1e30, else None.
+
+    Results files may hold anything; no measured quantity lies outside, and arithmetic inside cannot overflow.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if 0.0 < number < math.inf else None
+    return float(value)
 
 
 def median(values: Iterable[float]) -> float | None:

@@ -2,7 +2,8 @@
 
 plotext is given only finite numbers whose logarithm was taken here (its kernel aborts the process at a NaN,
 and its own log axis loses explicit ticks), never prints by itself, and its colours pass through Rich, which
-drops them for pipes and NO_COLOR. Curves differ by marker, not by colour alone; the legend is ordered as the curves end.
+drops them for pipes and NO_COLOR. Curves differ by marker, not by colour alone; the legend is ordered as the
+curves end.
 """
 
 from __future__ import annotations
@@ -184,10 +185,10 @@ def _draw(
         start = math.log10(lengths[0]), min(math.log10(c.points[0][1] / scale) for c in curves)
         for exponent in (1, 2):
             ends = _reference(start, exponent, x_range[1], y_range[1])
-            figure.draw(figure.signal(*ends, marker=plotext.marker("·", _GREY)).lines())
+            figure.draw(figure.signal(*ends, marker=plotext.marker("·", _GREY if color else None)).lines())
     for layer in ("line", "points"):
         for curve in curves:
-            code = _COLOR_CODES[curve.color]
+            code = _COLOR_CODES[curve.color] if color else None
             x = [math.log10(length) for length, _ in curve.points]
             y = [math.log10(value / scale) for _, value in curve.points]
             if layer == "points":
@@ -221,7 +222,7 @@ def _reference(
 
 
 def value_ticks(low: float, high: float, *, rows: int) -> list[tuple[float, str]]:
-    """Ticks (log10 position, label) from 10^low to 10^high: decades, else 1-2-5, else finer, as rows allow."""
+    """Ticks (log10 position, label) from 10^low to 10^high: decades, else 1-2-5, else finer, as rows let."""
     for mantissas in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(m / 20 for m in range(20, 200))):
         decades = range(math.floor(low), math.ceil(high) + 1)
         ticks = [d + math.log10(m) for d in decades for m in mantissas]
@@ -267,8 +268,7 @@ def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool,
         words += f" at {length_label(length)}" if length < longest else ""
         slope = fit_slope(curve.points) if slopes else None
         words += f", local slope {slope.slope:.2f}" if slope else ""
-        entry = Text(curve.marker, style=curve.color if color else "")
-        entries.append(entry.append(words, style="default"))
+        entries.append(Text().append(curve.marker, style=curve.color if color else "").append(words))
     if slopes:
         entries.append(Text("· slopes of T and T²"))
     legend, used = Text(), 0

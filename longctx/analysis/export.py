@@ -1,0 +1,175 @@
+"""Results as documents for other programs: CSV for tables and pandas, Markdown for a pull request, JSON.
+
+Names and messages come from files that anyone may have written: each format escapes what it would act upon.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from longctx.analysis.ranking import BASE, base_of, ratio
+from longctx.analysis.statistics import positive
+from longctx.analysis.summary import problems, slopes
+from longctx.results import BenchmarkResult
+
+COLUMNS = (
+    "block_name",
+    "sequence_length",
+    "batch_size",
+    "mode",
+    "dtype",
+    "status",
+    "forward_time_median",
+    "forward_time_mean",
+    "forward_time_std",
+    "forward_time_min",
+    "forward_time_max",
+    "throughput_tokens_per_sec",
+    "peak_memory_mb",
+    "allocated_memory_mb",
+    "reserved_memory_mb",
+    "memory_efficiency_mb_per_token",
+    "peak_bytes_per_token",
+    "tflops",
+    "path",
+)
+
+
+def plain(value: object) -> str:
+    """`value` as one line of printable characters: control, format and surrogate characters become blanks."""
+    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
+    return " ".join(text.split())
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold (NaN, infinities) as None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
+    """The results with what was derived from them: ratios to Dense and local slopes. Plain data for JSON."""
+    return jsonable(
+        {
+            "results": [result.to_json() for result in results],
+            "ratios_to_dense": [
+                {
+                    "block_name": result.block_name,
+                    "sequence_length": result.sequence_length,
+                    "key": result.key,
+                    "ratio": _ratio_to_base(result, results),
+                }
+                for result in results
+            ],
+            "local_slopes": [
+                {
+                    "name": row.name,
+                    "time": row.time and row.time.slope,
+                    "memory": row.memory and row.memory.slope,
+                }
+                for row in slopes(results)
+            ],
+        }
+    )
+
+
+def to_csv(results: Sequence[BenchmarkResult]) -> str:
+    """One line a row, numbers in full and in the units of the results file, empty where there is none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, "ratio_to_dense", "gate_error", "warnings", "error"])
+    for result in results:
+        gate = result.gate if isinstance(result.gate, dict) else {}
+        error = result.error if isinstance(result.error, dict) else {}
+        extra = [_ratio_to_base(result, results), gate.get("error"), " ".join(map(str, result.warnings))]
+        cells = [getattr(result, name) for name in COLUMNS] + extra + [error.get("message")]
+        writer.writerow([_csv_cell(cell) for cell in cells])
+    return out.getvalue()
+
+
+def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") -> str:
+    """Tables in GitHub's Markdown: every row with its ratio to Dense, local slopes, rows that are not ok."""
+    head = ["block", "tokens", "time (ms)", f"time / {BASE}", "tokens/s", "peak (MiB)", "status"]
+    rows = []
+    for result in sorted(results, key=lambda r: r.sequence_length):
+        status = result.status if result.ok else f"**{_markdown_text(result.status)}**"
+        if result.warnings:
+            status += f" ({_markdown_text(', '.join(map(str, result.warnings)))})"
+        shown = result if result.ok else None
+        rows.append(
+            [
+                _markdown_text(result.block_name),
+                f"{result.sequence_length:,}",
+                _figure(shown and result.time_s, 1e3),
+                _figure(_ratio_to_base(result, results)),
+                _figure(shown and result.throughput_tokens_per_sec),
+                _figure(shown and result.peak_memory_mb),
+                status,
+            ]
+        )
+    parts = [_markdown_table(head, rows, right=range(1, 6))]
+    fits = slopes(results)
+    if fits:
+        table = [
+            [_markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))]
+            for row in fits
+        ]
+        parts.append(_markdown_table(["block", "local slope of time", "of peak memory"], table, right=(1, 2)))
+    failed = problems(results)
+    if failed:
+        lines = [
+            f"- {_markdown_text(r.block_name)} at {r.sequence_length:,}: {_markdown_text(r.status)}"
+            + (f", {_markdown_text(why)}" if why else "")
+            for r, why in failed
+        ]
+        parts.append("\n".join(lines))
+    if environment:
+        parts.append(_markdown_text(environment))
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio_to_base(result: BenchmarkResult, results: Iterable[BenchmarkResult]) -> float | None:
+    base = base_of(result, results)
+    return ratio(result, base) if base else None
+
+
+def _csv_cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, int | float):
+        return repr(value)
+    text = plain(value)
+    # A spreadsheet runs a text cell that begins so as a formula.
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _figure(value: float | None, factor: float = 1.0) -> str:
+    number = positive(value)
+    if number is None:
+        return ""
+    number *= factor
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def _markdown_text(value: object) -> str:
+    text = plain(value)
+    text = re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", text)
+    # Entities for what HTML, mentions and issue references would act upon.
+    return re.sub(r"[<>&@#]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
+    right = set(right)
+    rule = ["---:" if index in right else "---" for index in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

@@ -1,0 +1,114 @@
+"""What a finished run says: ranking per length, local slopes, rows without a result, and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from longctx.analysis.ranking import BASE, Ranked, comparable, rank
+from longctx.analysis.scaling import LocalSlope, fit_slope
+from longctx.analysis.series import METRICS, collect
+from longctx.analysis.statistics import positive
+from longctx.results import BenchmarkResult
+
+FRAME = (BASE, "Identity")
+"""The cost to beat and the cost that no mixer can beat: they frame a table and are no recommendation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The ok rows of one length that may be compared with each other, fastest first."""
+
+    length: int
+    setting: str
+    """What distinguishes this group from others of the same length, in words; empty if there is only one."""
+    rows: list[Ranked]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slopes:
+    """Local slopes of one curve: exponents of time and of peak memory over the lengths measured."""
+
+    name: str
+    time: LocalSlope | None
+    memory: LocalSlope | None
+
+
+def rankings(results: Iterable[BenchmarkResult]) -> list[Ranking]:
+    """A ranking for every length, shortest first, and within it for every setting that cannot be mixed."""
+    groups: dict[tuple, list[BenchmarkResult]] = {}
+    for result in results:
+        groups.setdefault(comparable(result), []).append(result)
+    settings = {key[1:] for key in groups}
+    ranked = []
+    for key, rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        batch, mode, dtype = key[1:4]
+        words = (
+            f"{mode}, {dtype or 'dtype not recorded'}, batch {batch}, {key[-1]}" if len(settings) > 1 else ""
+        )
+        found = rank(rows, key[0])
+        if found:
+            ranked.append(Ranking(length=key[0], setting=words, rows=found))
+    return ranked
+
+
+def slopes(results: Sequence[BenchmarkResult]) -> list[Slopes]:
+    """The local slopes of every curve with at least two ok lengths, in the order of the results."""
+    runs = {"": results}
+    times, memories = (
+        {curve.name: fit_slope(curve.points) for curve in collect(runs, METRICS[name])[0]}
+        for name in ("time", "memory")
+    )
+    names = dict.fromkeys([*times, *memories])
+    rows = [Slopes(name=name, time=times.get(name), memory=memories.get(name)) for name in names]
+    return [row for row in rows if row.time or row.memory]
+
+
+def problems(results: Iterable[BenchmarkResult]) -> list[tuple[BenchmarkResult, str]]:
+    """The rows that are not ok, each with its reason in words."""
+    return [(result, reason(result)) for result in results if not result.ok]
+
+
+def reason(result: BenchmarkResult) -> str:
+    """Why a row is not ok: what the gate said, else the error's message, else nothing."""
+    gate = result.gate if isinstance(result.gate, dict) else {}
+    error = result.error if isinstance(result.error, dict) else {}
+    said = (gate.get("reason") if gate.get("passed") is False else None) or error.get("message") or ""
+    lines = str(said).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def headline(results: Sequence[BenchmarkResult]) -> str | None:
+    """One sentence on the longest length that several blocks reached, or None where nothing can be compared.
+
+    The winner is the fastest block that mixes: Identity frames the table and does not compete.
+    """
+    found = [r for r in rankings(results) if len(r.rows) > 1]
+    if not found:
+        return None
+    last = max(found, key=lambda r: r.length)
+    rows = [row for row in last.rows if row.result.block_name not in FRAME]
+    dense = next((row for row in last.rows if row.result.block_name == BASE), None)
+    if not rows:
+        return None
+    best = rows[0]
+    sentence = f"At {last.length:,} tokens {best.result.block_name} is the fastest mixing block"
+    if best.ratio and dense:
+        value = best.ratio.value
+        if value < 0.98:
+            sentence += f", {1 / value:.2f}x faster than {BASE}"
+        elif value > 1.02:
+            sentence = f"At {last.length:,} tokens {BASE} is faster than every other block; the next, "
+            sentence += f"{best.result.block_name}, takes {value:.2f}x its time"
+        else:
+            sentence += f", level with {BASE}"
+    slope = fit_slope(
+        (r.sequence_length, positive(r.time_s))
+        for r in results
+        if r.ok
+        and r.block_name == best.result.block_name
+        and comparable(r)[1:] == comparable(best.result)[1:]
+    )
+    if slope and slope.count > 2:
+        sentence += f" (local slope of its time {slope.slope:.2f}: {slope.word})"
+    return sentence + "."

@@ -1,0 +1,138 @@
+"""Curves, summaries and the documents for other programs."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from longctx.analysis.export import document, to_csv, to_markdown
+from longctx.analysis.series import METRICS, collect, metric_for
+from longctx.analysis.summary import headline, problems, rankings, slopes
+from longctx.results import BenchmarkResult
+
+
+def row(name, length, time_s=None, **fields):
+    samples = [[time_s]] if time_s else []
+    return BenchmarkResult(
+        block_name=name, sequence_length=length, forward_time_median=time_s, samples=samples, **fields
+    )
+
+
+def run():
+    rows = []
+    for length in (1024, 2048, 4096):
+        rows.append(row("Dense", length, (length / 1024) ** 2))
+        rows.append(row("BLADE", length, length / 1024, peak_memory_mb=length / 64))
+        rows.append(row("Identity", length, length / 2048))
+    rows.append(
+        row("Dense", 8192, status="oom", error={"type": "OutOfMemoryError", "message": "needs\nmore"})
+    )
+    rows.append(row("BLADE", 8192, 8.0))
+    return rows
+
+
+def test_curves_and_what_is_missing():
+    curves, missing = collect({"": run()}, METRICS["time"])
+    assert {c.name: len(c.points) for c in curves} == {"Dense": 3, "BLADE": 4, "Identity": 3}
+    assert [(m.name, m.length, m.reason) for m in missing] == [("Dense", 8192, "oom")]
+    _, missing = collect({"": run()}, METRICS["memory"])
+    assert ("Identity", 1024, "no figure") in [(m.name, m.length, m.reason) for m in missing]
+
+
+def test_a_later_record_of_the_same_cell_counts():
+    rows = [row("A", 1024, status="oom"), row("A", 1024, 2.0)]
+    assert collect({"": rows}, METRICS["time"])[0][0].points == [(1024, 2.0)]
+    assert collect({"": rows}, METRICS["time"])[1] == []
+    curves, missing = collect({"": rows[::-1]}, METRICS["time"])
+    assert curves == [] and missing[0].reason == "oom"
+
+
+def test_curves_are_named_by_what_differs():
+    rows = [row("A", 1024, 1.0, dtype="fp32"), row("A", 1024, 2.0, dtype="bf16")]
+    assert [c.name for c in collect({"": rows}, METRICS["time"])[0]] == ["A fp32", "A bf16"]
+    runs = {"old": rows[:1], "new": rows[:1]}
+    assert [c.name for c in collect(runs, METRICS["time"])[0]] == ["A (old)", "A (new)"]
+
+
+def test_memory_per_token_never_mixes_two_figures():
+    published = [row("A", 1024, 1.0, memory_efficiency_mb_per_token=0.5)]
+    ours = [row("A", 1024, 1.0, memory_efficiency_mb_per_token=0.5, peak_bytes_per_token=100.0)]
+    assert metric_for("memory-per-token", published).value(published[0]) == 0.5 * 1024**2
+    assert metric_for("memory-per-token", published + ours).value(published[0]) is None
+    assert metric_for("memory-per-token", ours).value(ours[0]) == 100.0
+
+
+def test_the_mode_is_in_the_title():
+    assert metric_for("time", [row("A", 1024, 1.0, mode="train")]).title == "Train time"
+
+
+def test_rankings_and_slopes():
+    found = rankings(run())
+    assert [r.length for r in found] == [1024, 2048, 4096, 8192]
+    names = [ranked.result.block_name for ranked in found[2].rows]
+    assert names == ["Identity", "BLADE", "Dense"]
+    assert found[2].rows[1].ratio.value == pytest.approx(0.25)
+    fits = {row.name: row for row in slopes(run())}
+    assert fits["Dense"].time.slope == pytest.approx(2.0)
+    assert fits["BLADE"].memory.slope == pytest.approx(1.0)
+    assert fits["Dense"].memory is None
+
+
+def test_rows_of_different_settings_are_ranked_apart():
+    rows = [row("A", 1024, 1.0, dtype="fp32"), row("A", 1024, 2.0, dtype="bf16")]
+    found = rankings(rows)
+    assert [len(r.rows) for r in found] == [1, 1]
+    assert "fp32" in found[0].setting and "bf16" in found[1].setting
+
+
+def test_problems_carry_their_reason():
+    ((result, why),) = problems(run())
+    assert (result.status, why) == ("oom", "needs")
+    wrong = row("A", 1, 1.0, status="wrong", gate={"passed": False, "reason": "looks ahead"}, error=None)
+    assert problems([wrong])[0][1] == "looks ahead"
+
+
+def test_headline():
+    text = headline(run()[:9])
+    assert (
+        "4,096" in text and "BLADE" in text and "4.00x faster than Dense" in text and "1.00: linear" in text
+    )
+    assert headline([]) is None
+    assert headline([row("BLADE", 1024, 1.0)]) is None
+    slow = [row("Dense", 1024, 1.0), row("BLADE", 1024, 2.0)]
+    assert "Dense is faster" in headline(slow) and "2.00x" in headline(slow)
+
+
+HOSTILE = "=cmd|' /c'!A1 `<b>x</b>` \x1b[31m[red]@me #1 \ud800\n| a"
+
+
+def test_csv_reads_back_and_runs_nothing():
+    text = to_csv([row(HOSTILE, 1024, 0.1 + 0.2, warnings=["unstable"]), row("B", 2048, status="oom")])
+    text.encode()
+    read = list(csv.DictReader(io.StringIO(text)))
+    assert len(read) == 2
+    assert read[0]["block_name"].startswith("'=cmd")
+    assert "\x1b" not in text
+    assert float(read[0]["forward_time_median"]) == 0.1 + 0.2
+    assert (read[1]["forward_time_median"], read[1]["status"]) == ("", "oom")
+
+
+def test_markdown_keeps_its_columns():
+    text = to_markdown([row(HOSTILE, 1024, 1.0), *run()], environment="torch 2 | <cpu>")
+    text.encode()
+    assert "<" not in text and "\x1b" not in text and "@me" not in text
+    head, rule, *body = text.split("\n\n")[0].splitlines()
+    bars = {line.replace("\\|", "").count("|") for line in (head, rule, *body)}
+    assert bars == {8}
+    assert "| 4,096 |" in text and "| 0.25 |" in text
+    assert "Dense at 8,192: oom, needs" in text
+
+
+def test_document_is_strict_json():
+    rows = [*run(), row("X", 1024, float("nan"), config={"a": float("inf")})]
+    data = json.loads(json.dumps(document(rows), allow_nan=False))
+    assert len(data["results"]) == len(rows)
+    assert data["results"][-1]["forward_time_median"] is None
+    assert data["ratios_to_dense"][1]["ratio"] == 1.0
+    assert {s["name"] for s in data["local_slopes"]} >= {"Dense", "BLADE"}
