@@ -30,19 +30,14 @@ def test_block_requests_are_read_as_written(text, target, options, name):
     assert BlockRequest.parse(str(request)) == request
 
 
-@pytest.mark.parametrize(
-    "text", ["", ":chunk_size=4", "BLADE:chunk size=4", "BLADE:chunk_size=", "BLADE:a=1,b"]
-)
+@pytest.mark.parametrize("text", ["", ":chunk_size=4", "BLADE:chunk size=4", "BLADE:chunk_size=", "BLADE:a=1,b"])
 def test_unreadable_block_requests_are_refused(text):
     with pytest.raises(UsageError):
         BlockRequest.parse(text)
 
 
 def test_a_comma_separates_blocks_only_without_a_colon():
-    names = [
-        str(request)
-        for request in parse_blocks(["BLADE,DPASSM", "DPASSM:window_size=8,state_dim=4", "BLADE"])
-    ]
+    names = [str(request) for request in parse_blocks(["BLADE,DPASSM", "DPASSM:window_size=8,state_dim=4", "BLADE"])]
     assert names == ["BLADE", "DPASSM", "DPASSM:state_dim=4,window_size=8"]
 
 
