@@ -1,0 +1,208 @@
+"""Window attention by blocks of queries: plain matrix products, any device and dtype, memory linear in T.
+
+Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head width, g global keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Queries taken together. More waste more on masked corners (W + block keys are computed for W seen), fewer
+# make the products too small. On a CPU the scores of a block must also stay in the second-level cache.
+CPU_BLOCK = 64
+GPU_BLOCK = 512
+
+
+def new_seed(dropout_p: float) -> int:
+    """Seed from which forward and backward draw the same dropout; none is drawn where there is no dropout."""
+    return int(torch.randint(0, 2**62, ())) if dropout_p else 0
+
+
+class _Walk:
+    """Blocks of queries of one sequence, `[T, H, K]` against `[S, G, K]`, for forward and backward alike.
+
+    A block's weights are one contiguous `[G, rows, columns]`: the g global keys, then the keys from the oldest
+    that its first query sees to the newest that its last sees.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        global_k: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
+        seed: int,
+    ) -> None:
+        self.queries, self.heads, self.width = q.shape
+        self.keys, self.groups = k.shape[:2]
+        self.left, self.right, self.global_k = left, right, global_k
+        self.far = 0 if global_k is None else global_k.shape[0]
+        self.q, self.k = q, k
+        self.block = min(GPU_BLOCK if q.is_cuda else CPU_BLOCK, self.queries)
+        self.scale = 1.0 / math.sqrt(self.width)
+        hidden = q.new_full((self.block, self.block), -math.inf)
+        self.too_old, self.too_new = hidden.tril(-1), hidden.triu(1)
+        most = self.far + min(self.block + left + right, self.keys)
+        self.buffer = q.new_empty(self.heads * self.block * most)
+        self.dropout_p = dropout_p
+        self.generator: torch.Generator | None = None
+        if dropout_p:
+            self.generator = torch.Generator(q.device)
+            self.generator.manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """(first query, end of queries, first key, end of keys) of every block."""
+        halo = self.keys - self.queries
+        for start in range(0, self.queries, self.block):
+            end = min(start + self.block, self.queries)
+            yield start, end, max(0, halo + start - self.left), min(self.keys, halo + end + self.right)
+
+    def rows(self, t: Tensor, start: int, end: int) -> Tensor:
+        """Queries of a block as `[G, rows, K]`: the heads of a group below each other. A view if H = G."""
+        return t[start:end].transpose(0, 1).reshape(self.groups, -1, self.width)
+
+    def columns(self, t: Tensor, far: Tensor | None, low: int, high: int) -> Tensor:
+        """Keys or values for the columns of a block, `[G, columns, K]`, as a view wherever that can be.
+
+        Then the rows in front of the window stand in for the globals, whose columns the caller mends: to copy
+        the window together with them for every block would cost as much as a matrix product.
+        """
+        if far is not None and low < self.far:
+            return torch.cat([far, t[low:high]]).transpose(0, 1)
+        return t[low - self.far : high].transpose(0, 1)
+
+    def weights(self, rows: Tensor, start: int, end: int, low: int, high: int) -> Tensor:
+        """Softmax of a block, `[G, rows, columns]`, in the shared buffer."""
+        size, columns = end - start, self.far + high - low
+        scores = self.buffer[: self.heads * size * columns].view(self.groups, -1, columns)
+        keys = self.columns(self.k, self.global_k, low, high).transpose(1, 2)
+        torch.baddbmm(scores, rows, keys, beta=0, alpha=self.scale, out=scores)
+        if self.global_k is not None and low >= self.far:
+            scores[:, :, : self.far] = torch.bmm(rows, self.global_k.permute(1, 2, 0)).mul_(self.scale)
+        self.mask(scores.view(self.heads, size, columns)[:, :, self.far :], start, low)
+        if scores.is_cuda:
+            return torch.softmax(scores, dim=-1)
+        return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
+
+    def mask(self, scores: Tensor, start: int, low: int) -> None:
+        """Hide the two corners of a block: only there is a key outside the window of some query."""
+        size, near = scores.shape[1:]
+        first = self.keys - self.queries + start - low
+        shift = first - self.left  # column c is too old for row r if c < r + shift
+        if size - 1 + shift > 0:
+            scores[:, :, : size - 1 + shift] += self.too_old[:size, -shift : size - 1]
+        shift = first + self.right  # and too new if c > r + shift
+        if near - 1 > shift:
+            scores[:, :, shift + 1 :] += self.too_new[:size, 1 : near - shift]
+
+    def kept(self, weights: Tensor) -> Tensor | None:
+        """What dropout lets through, scaled; drawn in the same order by forward and backward."""
+        if self.generator is None:
+            return None
+        kept = torch.empty_like(weights).bernoulli_(1.0 - self.dropout_p, generator=self.generator)
+        return kept.div_(1.0 - self.dropout_p)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scores of half precision are kept in fp32, as flash kernels do."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _item(tensors: tuple[Tensor | None, ...], item: int, dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if t is None else t[item].to(dtype) for t in tensors]
+
+
+def blocked_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: int,
+) -> Tensor:
+    """q `[B, T, H, K]` over the keys from `left` behind to `right` ahead, and all globals: `[B, T, H, K]`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dtype = compute_dtype(q.dtype)
+    for item in range(q.shape[0]):
+        qi, ki, vi, gk, gv = _item((q, k, v, global_k, global_v), item, dtype)
+        walk = _Walk(qi, ki, gk, left, right, dropout_p, seed + item)
+        for start, end, low, high in walk:
+            weights = walk.weights(walk.rows(qi, start, end), start, end, low, high)
+            kept = walk.kept(weights)
+            if kept is not None:
+                weights.mul_(kept)
+            values = walk.columns(vi, gv, low, high)
+            if gv is not None and low >= walk.far:
+                far = weights[:, :, : walk.far].clone()
+                weights[:, :, : walk.far] = 0.0
+                mixed = torch.bmm(weights, values).baddbmm_(far, gv.transpose(0, 1))
+            else:
+                mixed = torch.bmm(weights, values)
+            out[item, start:end].copy_(mixed.view(walk.heads, end - start, walk.width).transpose(0, 1))
+    return out
+
+
+class Blocked(torch.autograd.Function):
+    """`blocked_forward`, and a backward that computes each block's weights again: none of them are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        global_k: Tensor | None,
+        global_v: Tensor | None,
+        left: int,
+        right: int,
+        dropout_p: float,
+        seed: int,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, global_k, global_v)
+        ctx.settings = (left, right, dropout_p, seed)
+        return blocked_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, dropout_p, seed = ctx.settings
+        saved = ctx.saved_tensors
+        dtype = compute_dtype(grad.dtype)
+        grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in saved]
+        for item in range(grad.shape[0]):
+            q, k, v, gk, gv = _item(saved, item, dtype)
+            dq, dk, dv, dgk, dgv = (None if t is None else t[item] for t in grads)
+            upstream = grad[item].to(dtype)
+            walk = _Walk(q, k, gk, left, right, dropout_p, seed + item)
+            for start, end, low, high in walk:
+                rows, above = walk.rows(q, start, end), walk.rows(upstream, start, end)
+                weights = walk.weights(rows, start, end, low, high)
+                kept = walk.kept(weights)
+                dropped = weights if kept is None else weights * kept
+                slope = torch.bmm(above, walk.columns(v, gv, low, high).transpose(1, 2))
+                if gv is not None:
+                    slope[:, :, : walk.far] = torch.bmm(above, gv.permute(1, 2, 0))
+                    dgv += torch.bmm(dropped[:, :, : walk.far].transpose(1, 2), above).transpose(0, 1)
+                dv[low:high] += torch.bmm(dropped[:, :, walk.far :].transpose(1, 2), above).transpose(0, 1)
+                if kept is not None:
+                    slope.mul_(kept)
+                slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, dtype).mul_(walk.scale)
+                far, near = slope[:, :, : walk.far], slope[:, :, walk.far :]
+                down = torch.bmm(near, k[low:high].transpose(0, 1))
+                if gk is not None:
+                    down.baddbmm_(far, gk.transpose(0, 1))
+                    dgk += torch.bmm(far.transpose(1, 2), rows).transpose(0, 1)
+                dk[low:high] += torch.bmm(near.transpose(1, 2), rows).transpose(0, 1)
+                dq[start:end] = down.view(walk.heads, end - start, walk.width).transpose(0, 1)
+        return tuple(None if d is None else d.to(grad.dtype) for d in grads) + (None,) * 4
