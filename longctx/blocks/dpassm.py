@@ -25,7 +25,7 @@ from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.diagonal_scan import diagonal_scan, scan_dtype
-from longctx.ops.window_attention import window_attention
+from longctx.ops.window_attention import window_attention, window_attention_path
 
 
 @dataclass(eq=False)
@@ -82,9 +82,7 @@ class DPASSMBlock(PreNormBlock):
     ) -> None:
         check_counts(window_size=window_size, state_dim=state_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory
-        )
+        super().__init__(d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory)
         self.window_size, self.state_dim = window_size, state_dim
         self.ssm_in = nn.Linear(d_model, state_dim, **factory)
         self.ssm_decay = nn.Parameter(nn.init.uniform_(torch.empty(state_dim, **factory), -0.1, 0.1))
@@ -106,9 +104,7 @@ class DPASSMBlock(PreNormBlock):
         s = s.to(device=weight.device, dtype=dtype)
         return DPASSMState(s=s, kv=weight.new_zeros(batch_size, 0, self._kv_width))
 
-    def mix(
-        self, u: Tensor, state: DPASSMState | None, keep_state: bool
-    ) -> tuple[Tensor, DPASSMState | None]:
+    def mix(self, u: Tensor, state: DPASSMState | None, keep_state: bool) -> tuple[Tensor, DPASSMState | None]:
         batch = u.shape[0]
         if state is None:
             state = self.init_state(batch)
@@ -186,6 +182,13 @@ class DPASSMBlock(PreNormBlock):
         q = q.unflatten(-1, (self.n_heads, self.head_dim))
         dropout_p = self.dropout if self.training else 0.0
         return window_attention(q, k, v, window=self.window_size, dropout_p=dropout_p).flatten(2)
+
+    @property
+    def path(self) -> str:
+        """Which implementations run on this block's device and dtype, in words."""
+        weight = self.qkv_proj.weight
+        q = weight.new_empty(1, 1, self.n_heads, self.head_dim)
+        return f"{window_attention_path(q)}, chunked Toeplitz scan"
 
     @property
     def _kv_width(self) -> int:
