@@ -1,0 +1,397 @@
+"""BLADE: attention inside chunks, and a small recurrent state that each chunk hands to the next.
+
+For each chunk of C tokens in order, with s the state (zeros at the start) and g the learned global tokens:
+
+    h = attn_norm(x_chunk) + state_inject(s)
+    a = causal attention over [g; h], rows of h only
+    y = x_chunk + out_proj(a);  y = y + ffn(ffn_norm(y))
+    s = state_proj(mean over tokens of y)
+
+The recurrence runs over chunks and cannot be parallelised; what is not on it is taken off it (ops/blade_chain.py).
+
+Letters: B batch, T sequence length, n tokens of a chunk, D d_model, H n_heads, G num_kv_heads, K head width,
+C chunk_size, N state_dim, m num_global_tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.blocks import _shell
+from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
+from longctx.config import Cell
+from longctx.errors import UsageError
+from longctx.ops.blade_chain import (
+    ChainWeights,
+    chain_chunk,
+    chunk_attention,
+    chunk_attention_path,
+    sum_dtype,
+)
+
+# Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
+# the hidden rows kept for the second of them stay small.
+GPU_CHAIN_TOKENS = 8192
+# Where a chunk is longer than a slab it is taken in parts, of not fewer tokens than this.
+LEAST_PART = 128
+
+
+@dataclass(eq=False)
+class _Tape:
+    """Keys and values of a chunk in arrival order, with room behind them, so that a token moves none of the others.
+
+    rows `[B, capacity, 2GK]`; the first `used` of them are written, and never written again.
+    """
+
+    rows: Tensor
+    used: int
+
+
+@dataclass(kw_only=True, eq=False)
+class BLADEState:
+    """What a stream carries on.
+
+    s: the recurrent state `[B, N]` as if the current chunk ended here. start: the one that the current chunk began
+    with. total: sum of y over the chunk's tokens so far, `[B, D]`. All three in fp32, or fp64 in an fp64 block.
+    kv: keys and values of the chunk's tokens so far, without injection, `[B, n < C, 2GK]`. tape: what kv lies on.
+    """
+
+    s: Tensor
+    start: Tensor
+    total: Tensor
+    kv: Tensor
+    tape: _Tape | None = None
+
+    def detach(self) -> BLADEState:
+        """The same state, cut off from the graph of what came before."""
+        # A copy: in training the keys are rows of a larger tensor, which would be kept alive.
+        return BLADEState(
+            s=self.s.detach(),
+            start=self.start.detach(),
+            total=self.total.detach(),
+            kv=self.kv.detach().clone(),
+        )
+
+
+class BLADEBlock(PreNormBlock):
+    """Causal attention inside chunks of `chunk_size` tokens, joined by a recurrent state of `state_dim` channels.
+
+    num_global_tokens: learned tokens that every query sees. Parameters besides the shared: state_inject (N -> D),
+    state_proj (D -> N), both with bias; global_tokens `[m, D]` if m > 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        num_kv_heads: int | None = None,
+        chunk_size: int = 512,
+        state_dim: int = 64,
+        num_global_tokens: int = 0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_counts(chunk_size=chunk_size, state_dim=state_dim)
+        check_counts(least=0, num_global_tokens=num_global_tokens)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory
+        )
+        self.chunk_size, self.state_dim, self.num_global_tokens = chunk_size, state_dim, num_global_tokens
+        self.state_inject = nn.Linear(state_dim, d_model, **factory)
+        self.state_proj = nn.Linear(d_model, state_dim, **factory)
+        if num_global_tokens:
+            tokens = torch.empty(num_global_tokens, d_model, **factory)
+            self.global_tokens = nn.Parameter(nn.init.normal_(tokens, 0.0, 0.02))
+
+    def init_state(self, batch_size: int, s: Tensor | None = None) -> BLADEState:
+        """The state at the start of a sequence; s `[B, N]`: the recurrent state to begin from, zeros if None.
+
+        Raises UsageError for an s of another shape.
+        """
+        check_counts(batch_size=batch_size)
+        weight = self.qkv_proj.weight
+        dtype = sum_dtype(weight.dtype)
+        if s is None:
+            s = torch.zeros(batch_size, self.state_dim, device=weight.device, dtype=dtype)
+        elif s.shape != (batch_size, self.state_dim):
+            raise UsageError(f"the state s must be {[batch_size, self.state_dim]}, not {list(s.shape)}")
+        return self._fresh(s.to(device=weight.device, dtype=dtype))
+
+    def forward(self, x: Tensor, state: BLADEState | None = None, *, keep_state: bool = True) -> tuple[Tensor, Any]:
+        """x `[B, T, D]` -> (y `[B, T, D]`, state or None). Any split of a sequence over calls gives the same.
+
+        Raises UsageError for an input or a state of the wrong shape.
+        """
+        self.check_input(x, state)
+        if state is None:
+            state = self.init_state(x.shape[0])
+        elif state.s.shape[0] != x.shape[0]:
+            raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {x.shape[0]}")
+        drops = self.training and self.dropout > 0.0
+        if drops or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return self._differentiable(x, state, keep_state)
+        return self._infer(x, state, keep_state)
+
+    @property
+    def path(self) -> str:
+        weight = self.qkv_proj.weight
+        q = weight.new_empty(1, 1, self.n_heads, self.head_dim)
+        return f"{chunk_attention_path(q)} in chunks"
+
+    # -- with autograd, autocast or dropout ---------------------------------------------------------------------------
+
+    def _differentiable(self, x: Tensor, state: BLADEState, keep_state: bool) -> tuple[Tensor, BLADEState | None]:
+        """The chain as autograd can follow it. With dropout y is random, and the whole of it stays on the chain."""
+        drops = self.training and self.dropout > 0.0
+        sizes = self._sizes(x.shape[1], state.kv.shape[1])
+        projected = self.qkv_proj(self.attn_norm(x))
+        # split, not slices: the gradient of a slice is as long as the whole sequence.
+        pieces = list(zip(x.split(sizes, dim=1), projected.split(sizes, dim=1), strict=True))
+        global_kv = self._global_kv()
+        rows, wide = [], []
+        for index, (x_piece, qkv) in enumerate(pieces):
+            residual, kv = self._attend(x_piece, qkv, state, global_kv)
+            hidden = F.gelu(self.ffn_up(self.ffn_norm(residual)))
+            needed = keep_state or index + 1 < len(pieces)
+            if drops:
+                y = residual + F.dropout(self.ffn_down(hidden), self.dropout, True)
+                rows.append(y)
+                mean = y.mean(1, dtype=state.s.dtype)
+            else:
+                rows.append(residual)
+                wide.append(hidden)
+                if needed:
+                    mean = residual.mean(1, dtype=state.s.dtype)
+                    mean = mean + self.ffn_down(hidden.mean(1, dtype=state.s.dtype).to(hidden.dtype))
+            state = self._advance(state, mean, kv, x_piece.shape[1]) if needed else None
+        y = torch.cat(rows, dim=1)
+        return (y if drops else y + self.ffn_down(torch.cat(wide, dim=1))), state
+
+    def _attend(
+        self, x: Tensor, qkv: Tensor, state: BLADEState, global_kv: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x `[B, n, D]` and its projection -> (x + mixer `[B, n, D]`, keys and values of the chunk up to its end)."""
+        inject = self.state_inject(state.start.to(self.state_inject.weight.dtype))
+        added = F.linear(inject, self.qkv_proj.weight)[:, None]
+        q, kv = qkv.split([self.d_model, self._kv_width], dim=-1)
+        dq, dkv = added.split([self.d_model, self._kv_width], dim=-1)
+        if state.kv.shape[1]:
+            kv = torch.cat([state.kv.to(kv.dtype), kv], dim=1)
+        seen = kv if global_kv is None else torch.cat([(global_kv - dkv).to(kv.dtype), kv], dim=1)
+        k, v = seen.unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
+        q = (q + dq).unflatten(-1, (self.n_heads, self.head_dim))
+        attended = chunk_attention(q, k, v, self.dropout if self.training else 0.0)
+        dv = dkv[..., self._kv_width // 2 :].unflatten(-1, (self.num_kv_heads, self.head_dim))
+        attended = attended + dv.repeat_interleave(self.n_heads // self.num_kv_heads, dim=2)
+        mixed = self.out_proj(attended.flatten(2))
+        return x + F.dropout(mixed, self.dropout, self.training), kv
+
+    # -- without ------------------------------------------------------------------------------------------------------
+
+    def _infer(self, x: Tensor, state: BLADEState, keep_state: bool) -> tuple[Tensor, BLADEState | None]:
+        """Slab by slab: products over the whole slab before and after the chain, in buffers that are reused."""
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        weights = self._chain_weights()
+        slabs = list(self._slabs(x, state.kv.shape[1]))
+        most = max(count * size for _, count, size in slabs) * x.shape[0]
+        width = self.d_model
+        qkv, residual, hidden = (x.new_empty(most, n) for n in (width + self._kv_width, width, 4 * width))
+        for start, count, size in slabs:
+            span = slice(start, start + count * size)
+            # Chunk-major, `[count, B, n, D]`: each chunk of the batch is then one matrix. A view for a batch of one.
+            x_slab = x[:, span].unflatten(1, (count, size)).transpose(0, 1).contiguous()
+            tokens = count * size * x.shape[0]
+            shape = (count, x.shape[0], size, -1)
+            normed = self.attn_norm(x_slab).view(tokens, width)
+            torch.mm(normed, self.qkv_proj.weight.t(), out=qkv[:tokens])
+            last = span.stop == x.shape[1] and not keep_state
+            state = self._chain(
+                weights,
+                x_slab,
+                qkv[:tokens].view(shape),
+                state,
+                residual=residual[:tokens].view(shape),
+                hidden=hidden[:tokens].view(count, -1, 4 * width),
+                drop_last_state=last,
+            )
+            down = torch.addmm(self.ffn_down.bias, hidden[:tokens], self.ffn_down.weight.t(), out=normed)
+            target = y[:, span].unflatten(1, (count, size)).transpose(0, 1)
+            torch.add(residual[:tokens].view(shape), down.view(shape), out=target)
+        return y, state
+
+    def _chain(
+        self,
+        weights: ChainWeights,
+        x: Tensor,
+        qkv: Tensor,
+        state: BLADEState,
+        *,
+        residual: Tensor,
+        hidden: Tensor,
+        drop_last_state: bool,
+    ) -> BLADEState | None:
+        """The chunks of a slab in order: x `[count, B, n, D]`, its projection, the state -> the state after them."""
+        for index in range(x.shape[0]):
+            q, kv = qkv[index].split([self.d_model, self._kv_width], dim=-1)
+            tape = None
+            if state.kv.shape[1] + x.shape[2] < self.chunk_size or state.kv.shape[1]:
+                kv, tape = self._append(state, kv)
+            needed = not drop_last_state or index + 1 < x.shape[0]
+            mean = chain_chunk(
+                weights, x[index], q, kv, state.start, residual=residual[index], hidden=hidden[index], want_mean=needed
+            )
+            state = self._advance(state, mean, kv, x.shape[2], tape) if needed else None
+        return state
+
+    def _append(self, state: BLADEState, new: Tensor) -> tuple[Tensor, _Tape]:
+        """Keys and values of the chunk with those of `new` `[B, n, 2GK]` behind them, and the tape they are on."""
+        before, tokens = state.kv.shape[1], new.shape[1]
+        tape = state.tape
+        # Another state may have gone on from this one: what lies behind it on the tape is then the other's.
+        goes_on = (
+            tape is not None
+            and tape.used == before
+            and before + tokens <= tape.rows.shape[1]
+            and tape.rows.dtype == new.dtype
+            and not (tape.rows.is_inference() and not torch.is_inference_mode_enabled())
+        )
+        if not goes_on:
+            room = min(self.chunk_size, max(2 * (before + tokens), 64))
+            tape = _Tape(rows=new.new_empty(new.shape[0], room, new.shape[2]), used=before)
+            tape.rows[:, :before] = state.kv
+        tape.rows[:, before : before + tokens] = new
+        tape.used += tokens
+        return tape.rows[:, : tape.used], tape
+
+    def _chain_weights(self) -> ChainWeights:
+        def both(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+            return linear.weight, linear.bias
+
+        return ChainWeights(
+            n_heads=self.n_heads,
+            num_kv_heads=self.num_kv_heads,
+            inject=both(self.state_inject),
+            qkv=self.qkv_proj.weight,
+            out=both(self.out_proj),
+            norm=(self.ffn_norm.weight, self.ffn_norm.bias, self.ffn_norm.eps),
+            up=both(self.ffn_up),
+            down=both(self.ffn_down),
+            state=both(self.state_proj),
+            global_kv=self._global_kv(),
+        )
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _advance(
+        self, state: BLADEState, mean: Tensor, kv: Tensor, tokens: int, tape: _Tape | None = None
+    ) -> BLADEState:
+        """The state after `tokens` more tokens of a chunk, whose y have the given mean `[B, D]`."""
+        filled = state.kv.shape[1] + tokens
+        total = state.total + mean * tokens if state.kv.shape[1] else mean * tokens
+        mean = (total / filled).to(self.state_proj.weight.dtype)
+        s = self.state_proj(mean).to(state.s.dtype)
+        if filled == self.chunk_size:
+            return self._fresh(s)
+        return BLADEState(s=s, start=state.start, total=total, kv=kv, tape=tape)
+
+    def _fresh(self, s: Tensor) -> BLADEState:
+        """The state at the start of a chunk."""
+        weight = self.qkv_proj.weight
+        total = torch.zeros(s.shape[0], self.d_model, device=s.device, dtype=s.dtype)
+        return BLADEState(s=s, start=s, total=total, kv=weight.new_zeros(s.shape[0], 0, self._kv_width))
+
+    def _global_kv(self) -> Tensor | None:
+        """Keys and values of the global tokens `[m, 2GK]`, None if there are none."""
+        if not self.num_global_tokens:
+            return None
+        return F.linear(self.global_tokens, self.qkv_proj.weight[self.d_model :])
+
+    def _sizes(self, length: int, filled: int) -> list[int]:
+        """Tokens of each chunk, or part of one, in a call of `length` tokens after `filled` ones of a chunk."""
+        head = min(self.chunk_size - filled, length) if filled else 0
+        whole, tail = divmod(length - head, self.chunk_size)
+        return [size for size in (head, *[self.chunk_size] * whole, tail) if size]
+
+    def _slabs(self, x: Tensor, filled: int) -> Iterator[tuple[int, int, int]]:
+        """(start, count, n): `count` whole chunks of n tokens, or one part of a chunk; none longer than a slab."""
+        on_cpu = x.device.type == "cpu"
+        slab = (_shell.CPU_SLAB_TOKENS if on_cpu else GPU_CHAIN_TOKENS) // x.shape[0]
+        part = slab if on_cpu else _shell.GPU_SLAB_TOKENS // x.shape[0]
+        part = max(part, LEAST_PART)
+        start, length = 0, x.shape[1]
+        while start < length:
+            left = self.chunk_size - filled
+            if filled or left > min(part, length - start):
+                size = min(left, part, length - start)
+                yield start, 1, size
+                start, filled = start + size, (filled + size) % self.chunk_size
+            else:
+                count = min(max(1, slab // self.chunk_size), (length - start) // self.chunk_size)
+                yield start, count, self.chunk_size
+                start += count * self.chunk_size
+
+    @property
+    def _kv_width(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+def reference(block: BLADEBlock, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x `[B, T, D]`, s `[B, N]` or None -> (y `[B, T, D]`, s): a loop over chunks, each with a dense mask."""
+    batch, m = x.shape[0], block.num_global_tokens
+    heads, groups, width = block.n_heads, block.num_kv_heads, block.head_dim
+    s = x.new_zeros(batch, block.state_dim) if s is None else s
+    chunks = []
+    for chunk in x.split(block.chunk_size, dim=1):
+        z = block.attn_norm(chunk) + block.state_inject(s)[:, None]
+        if m:
+            z = torch.cat([block.global_tokens.expand(batch, -1, -1), z], dim=1)
+        length = z.shape[1]
+        q, k, v = block.qkv_proj(z).split([heads * width, groups * width, groups * width], dim=-1)
+        q = q.view(batch, length, heads, width).transpose(1, 2)
+        k, v = (
+            rows.view(batch, length, groups, width).transpose(1, 2).repeat_interleave(heads // groups, dim=1)
+            for rows in (k, v)
+        )
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        scores = (q @ k.transpose(-1, -2) / width**0.5).masked_fill(later, float("-inf"))
+        a = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)[:, m:]
+        y = chunk + block.out_proj(a)
+        y = y + block.ffn_down(F.gelu(block.ffn_up(block.ffn_norm(y))))
+        s = block.state_proj(y.mean(1))
+        chunks.append(y)
+    return torch.cat(chunks, dim=1), s
+
+
+def cost(cell: Cell, options: Mapping[str, Any]) -> Cost:
+    """The shell, the pairs inside chunks and with globals, and two narrow matrices a chunk.
+
+    In mode decode: the token after T others, which a chunk that T fills leaves alone in the next.
+    """
+    chunk, states, m = options["chunk_size"], options["state_dim"], options["num_global_tokens"]
+    width, length, decode = cell.d_model, cell.length, cell.mode == "decode"
+    kv_row = 2 * (cell.num_kv_heads or cell.n_heads) * (width // cell.n_heads)
+    whole, tail = divmod(length, chunk)
+    visible = (length - 1) % chunk + 1
+    pairs = whole * chunk * (chunk + 1) / 2 + tail * (tail + 1) / 2 + length * m
+    # s, the s that the chunk began with and the sum of y are kept in fp32 where the rest is in half precision.
+    sums = (2 * states + width) * max(4, ELEMENT_BYTES[cell.dtype]) / ELEMENT_BYTES[cell.dtype]
+    return shell_cost(
+        cell,
+        pairs=visible + m if decode else pairs,
+        other_flops=2.0 * (2 * width * states) * (1 if decode else whole + (tail > 0)),
+        state_elements=tail * kv_row + sums,
+        read_elements=(visible - 1) * kv_row + sums,
+    )
+
+
+SPEC = BlockSpec(label="BLADE", build=BLADEBlock, reference=reference, cost=cost)

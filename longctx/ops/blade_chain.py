@@ -1,0 +1,147 @@
+"""The chain of BLADE: what must be done chunk after chunk, without autograd, written into the buffers of a slab.
+
+Off the chain, for all tokens of a slab at once: the norm and the QKV projection before it, the second matrix of the
+feed-forward after it, because only its mean enters the state: mean(y) = mean(r) + W_down mean(hidden) + b_down.
+On the chain the injection is a handful of vectors. With d = W_qkv inject(s), split in dq, dk, dv:
+
+    attention over injected keys and values  =  attention(q + dq, [kg - dk; k], [vg - dv; v]) + dv
+
+(kg, vg: keys and values of the global tokens, which are not injected) since a vector added to every key shifts all
+scores of a query alike. And dv, being the same for every token, passes through out_proj as part of its bias.
+
+Letters: B batch, n tokens of a chunk, S keys, D d_model, H n_heads, G num_kv_heads, K head width, N state_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longctx.ops.window_attention import window_attention
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the state and sums over tokens are kept in: fp32, or fp64 in an fp64 block."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainWeights:
+    """The parameters that the chain reads. global_kv `[m, 2GK]`: keys and values of the global tokens, or None."""
+
+    n_heads: int
+    num_kv_heads: int
+    inject: tuple[Tensor, Tensor]
+    qkv: Tensor
+    out: tuple[Tensor, Tensor]
+    norm: tuple[Tensor, Tensor, float]
+    up: tuple[Tensor, Tensor]
+    down: tuple[Tensor, Tensor]
+    state: tuple[Tensor, Tensor]
+    global_kv: Tensor | None
+
+    def injection(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s `[B, N]` -> what it adds to queries `[B, D]`, to keys and values `[B, 2GK]`, to attended `[B, D]`."""
+        inject_w, inject_b = self.inject
+        added = F.linear(F.linear(s.to(inject_w.dtype), inject_w, inject_b), self.qkv)
+        width = inject_w.shape[0]
+        dq, dkv = added.split([width, added.shape[-1] - width], dim=-1)
+        dv = dkv[:, dkv.shape[-1] // 2 :]
+        group = self.n_heads // self.num_kv_heads
+        if group > 1:
+            dv = dv.unflatten(-1, (self.num_kv_heads, -1)).repeat_interleave(group, dim=1).flatten(1)
+        return dq, dkv, dv
+
+    def keys(self, kv: Tensor, dkv: Tensor) -> tuple[Tensor, Tensor]:
+        """kv `[B, n, 2GK]` of the chunk -> keys, values `[B, m + n, G, K]`, globals first, as views if there are none."""
+        if self.global_kv is not None:
+            kv = torch.cat([self.global_kv - dkv[:, None], kv], dim=1)
+        return kv.unflatten(-1, (2, self.num_kv_heads, -1)).unbind(2)
+
+    def next_state(self, mean: Tensor) -> Tensor:
+        """Mean of y over the chunk's tokens `[B, D]` -> s `[B, N]`."""
+        return F.linear(mean.to(self.state[0].dtype), *self.state).to(mean.dtype)
+
+
+def chain_chunk(
+    weights: ChainWeights,
+    x: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    s: Tensor,
+    *,
+    residual: Tensor,
+    hidden: Tensor,
+    want_mean: bool,
+) -> Tensor | None:
+    """One chunk, or the part of one that is there: x `[B, n, D]`, its queries `[B, n, D]` and the chunk's keys and
+    values up to its end `[B, S, 2GK]`, both without injection, s `[B, N]` -> mean over the n tokens of y, `[B, D]`.
+
+    Overwrites q. Fills residual `[B, n, D]` (y without the feed-forward) and hidden `[B * n, 4D]` (after GELU), both
+    contiguous. Not for autograd.
+    """
+    batch, tokens, width = x.shape
+    dq, dkv, dv = weights.injection(s)
+    q.add_(dq[:, None])
+    keys, values = weights.keys(kv, dkv)
+    attended = chunk_attention(q.unflatten(-1, (weights.n_heads, -1)), keys, values)
+    out_w, out_b = weights.out
+    torch.add(x, F.linear(dv, out_w, out_b)[:, None], out=residual)
+    residual.view(-1, width).addmm_(attended.reshape(-1, width), out_w.t())
+    norm_w, norm_b, eps = weights.norm
+    normed = F.layer_norm(residual, (width,), norm_w, norm_b, eps).view(-1, width)
+    up_w, up_b = weights.up
+    torch.addmm(up_b, normed, up_w.t(), out=hidden)
+    torch.ops.aten.gelu.out(hidden, out=hidden)
+    if not want_mean:
+        return None
+    mean = hidden.view(batch, tokens, -1).mean(1, dtype=s.dtype)
+    return residual.mean(1, dtype=s.dtype) + F.linear(mean.to(x.dtype), *weights.down)
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Causal attention of the last n of S tokens: q `[B, n, H, K]`, k and v `[B, S, G, K]` -> `[B, n, H, K]`.
+
+    Query i sees the keys 0 to S - n + i. On a CPU rows are taken in blocks, so that masked halves cost little.
+    """
+    tokens, ahead = q.shape[1], k.shape[1] - q.shape[1]
+    # A few unseen keys ahead of the queries are cheaper as dummy queries than as a mask.
+    if not q.is_cuda or (tokens > 1 and ahead > tokens):
+        return window_attention(q, k, v, window=k.shape[1], dropout_p=dropout_p)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not grad and not dropout_p and _flash_fits(q):
+        # Its causal mask is aligned with the last key, which is what is meant here; that of SDPA is not.
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, tokens, k.shape[1], 0.0, tokens > 1, False
+        )[0]
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    if tokens > 1 and ahead:
+        q = F.pad(q, (0, 0, 0, 0, ahead, 0))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=tokens > 1)
+    return out.transpose(1, 2)[:, -tokens:]
+
+
+def chunk_attention_path(q: Tensor) -> str:
+    """Which attention runs without autograd for queries like `q` `[B, n, H, K]`, in words."""
+    if not q.is_cuda:
+        return "blocked matmul"
+    return "flash-attention-2" if _flash_fits(q) else "SDPA"
+
+
+def _flash_fits(q: Tensor) -> bool:
+    return (
+        q.dtype in _HALF
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.version.cuda is not None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
