@@ -15,6 +15,7 @@ C chunk_size, N state_dim, m num_global_tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,7 @@ class BLADEBlock(PreNormBlock):
         check_counts(chunk_size=chunk_size, state_dim=state_dim)
         check_counts(least=0, num_global_tokens=num_global_tokens)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory
-        )
+        super().__init__(d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory)
         self.chunk_size, self.state_dim, self.num_global_tokens = chunk_size, state_dim, num_global_tokens
         self.state_inject = nn.Linear(state_dim, d_model, **factory)
         self.state_proj = nn.Linear(d_model, state_dim, **factory)
@@ -177,9 +176,7 @@ class BLADEBlock(PreNormBlock):
         y = torch.cat(rows, dim=1)
         return (y if drops else y + self.ffn_down(torch.cat(wide, dim=1))), state
 
-    def _attend(
-        self, x: Tensor, qkv: Tensor, state: BLADEState, global_kv: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor, qkv: Tensor, state: BLADEState, global_kv: Tensor | None) -> tuple[Tensor, Tensor]:
         """x `[B, n, D]` and its projection -> (x + mixer `[B, n, D]`, keys and values of the chunk up to its end)."""
         inject = self.state_inject(state.start.to(self.state_inject.weight.dtype))
         added = F.linear(inject, self.qkv_proj.weight)[:, None]
@@ -373,9 +370,9 @@ def reference(block: BLADEBlock, x: Tensor, s: Tensor | None = None) -> tuple[Te
 
 
 def cost(cell: Cell, options: Mapping[str, Any]) -> Cost:
-    """The shell, the pairs inside chunks and with globals, and two narrow matrices a chunk.
+    """The shell, the pairs inside chunks and with globals, two narrow matrices a chunk, the globals' keys and values.
 
-    In mode decode: the token after T others, which a chunk that T fills leaves alone in the next.
+    In mode decode: the last of T tokens.
     """
     chunk, states, m = options["chunk_size"], options["state_dim"], options["num_global_tokens"]
     width, length, decode = cell.d_model, cell.length, cell.mode == "decode"
@@ -383,15 +380,19 @@ def cost(cell: Cell, options: Mapping[str, Any]) -> Cost:
     whole, tail = divmod(length, chunk)
     visible = (length - 1) % chunk + 1
     pairs = whole * chunk * (chunk + 1) / 2 + tail * (tail + 1) / 2 + length * m
+    calls = 1 if decode else whole + (tail > 0)
     # s, the s that the chunk began with and the sum of y are kept in fp32 where the rest is in half precision.
-    sums = (2 * states + width) * max(4, ELEMENT_BYTES[cell.dtype]) / ELEMENT_BYTES[cell.dtype]
-    return shell_cost(
+    size = ELEMENT_BYTES[cell.dtype]
+    sums = (2 * states + width) * max(4, size) / size
+    shared = shell_cost(
         cell,
         pairs=visible + m if decode else pairs,
-        other_flops=2.0 * (2 * width * states) * (1 if decode else whole + (tail > 0)),
+        other_flops=2.0 * (calls * 2 * width * states + m * width * kv_row),
         state_elements=tail * kv_row + sums,
         read_elements=(visible - 1) * kv_row + sums,
     )
+    own = (2 * width * states + m * width) * size * (3 if cell.mode == "train" else 1)
+    return dataclasses.replace(shared, bytes=shared.bytes + own)
 
 
 SPEC = BlockSpec(label="BLADE", build=BLADEBlock, reference=reference, cost=cost)

@@ -58,7 +58,7 @@ class ChainWeights:
         return dq, dkv, dv
 
     def keys(self, kv: Tensor, dkv: Tensor) -> tuple[Tensor, Tensor]:
-        """kv `[B, n, 2GK]` of the chunk -> keys, values `[B, m + n, G, K]`, globals first, as views if there are none."""
+        """kv `[B, n, 2GK]` of the chunk -> keys, values `[B, m + n, G, K]`, globals first."""
         if self.global_kv is not None:
             kv = torch.cat([self.global_kv - dkv[:, None], kv], dim=1)
         return kv.unflatten(-1, (2, self.num_kv_heads, -1)).unbind(2)
@@ -116,9 +116,9 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> 
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if not grad and not dropout_p and _flash_fits(q):
         # Its causal mask is aligned with the last key, which is what is meant here; that of SDPA is not.
-        return torch.ops.aten._flash_attention_forward(
-            q, k, v, None, None, tokens, k.shape[1], 0.0, tokens > 1, False
-        )[0]
+        return torch.ops.aten._flash_attention_forward(q, k, v, None, None, tokens, k.shape[1], 0.0, tokens > 1, False)[
+            0
+        ]
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
