@@ -84,7 +84,7 @@ def _cgroup_folders(root: Path) -> Iterator[tuple[int, set[str], list[Path]]]:
             for name in names:
                 mounts.setdefault(name, root / fields[4].lstrip("/"))
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         names = set(controllers.split(",")) if controllers else {""}
         mount = next((mounts[name] for name in sorted(names) if name in mounts), None)
         if mount is None:

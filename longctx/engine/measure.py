@@ -1,0 +1,355 @@
+"""One cell measured: build, gate, time, memory. Plain data in, plain data out; every fault becomes a status."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longctx.config import Cell
+from longctx.engine.device import DTYPES
+from longctx.engine.flags import global_state, pinned_flags
+from longctx.engine.gate import check_block
+from longctx.engine.loading import LoadedBlock, load_block
+from longctx.engine.memory import measure_memory, resting_bytes, settle
+from longctx.engine.timing import Emit, Timing, time_call
+from longctx.errors import LongctxError
+
+POOL = 3
+POOL_BYTES = 256 << 20
+"""Timing goes round through so many inputs where all of them together take no more than this."""
+
+FLUSHES_ITSELF_BYTES = 1 << 30
+"""An input of this size leaves nothing of an earlier call in any L2 cache: no flush, no memory for it."""
+
+_OOM_WORDS = (
+    "out of memory",
+    "defaultcpuallocator",
+    "not enough memory",
+    "cannot allocate memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+_UNSUPPORTED_WORDS = ("not implemented for", "is not supported", "not supported for", "unsupported dtype")
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What to do with a cell. gate, timing, memory: which phases; exact: `runs` samples and no more or less."""
+
+    warmup_runs: int = 3
+    runs: int = 10
+    exact: bool = False
+    gate: bool = True
+    timing: bool = True
+    memory: bool = True
+    seed: int = 0
+    cuda_graph: bool = False
+    timeout: float | None = None
+    """Seconds that the supervisor gives the cell; kept here for the record, the worker is ended from outside."""
+
+
+class _Escaped(Exception):
+    """Work went on outside of what was timed: the number cannot be true."""
+
+
+def measure_cell(
+    cell: Cell,
+    plan: Plan,
+    *,
+    device: torch.device,
+    config: Mapping[str, Any],
+    gate_cache: dict[Any, dict[str, Any]],
+    emit: Emit,
+) -> dict[str, Any]:
+    """Measure `cell` as `plan` says, and return values of `BenchmarkResult`'s fields, `samples_round` among them.
+
+    config: `BenchmarkConfig.to_json()`. gate_cache: one dict for the life of the process. emit gets
+    {"event": "phase", "phase": build | gate | warmup | timing | memory} and {"event": "sample", "seconds", "count"}.
+    Whatever the block raises becomes a status (oom, unsupported, failed); only KeyboardInterrupt passes. Process-wide
+    settings are as before afterwards.
+    """
+    found: dict[str, Any] = {
+        "status": "ok",
+        "warnings": [],
+        "samples_round": [],
+        "error": None,
+        "gate": None,
+        "path": None,
+        "causal": None,
+        "block_options": dict(cell.block.options),
+        "source_hash": None,
+    }
+    numbers = ("first_call_s", "host_time_median", "gate_s", "flops", "bytes", "state_bytes", "peak_memory_mb")
+    numbers += ("allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token", "calls_per_sample", "contention")
+    found |= dict.fromkeys(numbers)
+    with global_state():
+        try:
+            pinned_flags(config)
+            _measure(cell, plan, device, config, gate_cache, emit, found)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            found |= _fault(error)
+    gc.collect()
+    if device.type == "cuda":
+        # After a device-side fault even this raises; the supervisor replaces the worker then.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+    return found
+
+
+def _measure(
+    cell: Cell,
+    plan: Plan,
+    device: torch.device,
+    config: Mapping[str, Any],
+    gate_cache: dict[Any, dict[str, Any]],
+    emit: Emit,
+    found: dict[str, Any],
+) -> None:
+    emit({"event": "phase", "phase": "build"})
+    dtype = DTYPES[cell.dtype]
+    floor = resting_bytes(device) if plan.memory else 0
+    loaded = load_block(cell.block, cell, device, dtype, plan.seed)
+    found |= {"causal": loaded.causal, "block_options": loaded.options, "source_hash": loaded.source_hash}
+    if loaded.cost is not None:
+        found |= {"flops": loaded.cost.flops, "bytes": loaded.cost.bytes, "state_bytes": loaded.cost.state_bytes}
+    if cell.mode not in loaded.modes:
+        raise NotImplementedError(
+            f"{loaded.name} has no mode {cell.mode}: it has {', '.join(loaded.modes)}"
+            + ("" if loaded.causal else "; decode and prefill need a causal block")
+        )
+    # Building may have changed what was pinned, and that must not decide this block's own number either.
+    pinned_flags(config)
+    x = make_input(cell, device, seed=plan.seed)
+    warmed, call_s = 0, None
+    if plan.gate:
+        emit({"event": "phase", "phase": "gate"})
+        warmed, call_s = _gate(cell, plan, device, loaded, x, gate_cache, found)
+        if found["status"] != "ok":
+            return
+    run = _Run(cell, loaded, x)
+    if cell.mode != "forward":
+        warmed, call_s = 0, None
+    if plan.timing:
+        timing = _time(cell, plan, device, run, emit, warmed=warmed, call_s=call_s, first_call=warmed == 0)
+        call_s = timing.median
+        found |= {
+            "samples_round": timing.samples,
+            "warnings": timing.warnings,
+            "host_time_median": timing.host_time_median,
+            "calls_per_sample": timing.calls_per_sample,
+            "contention": timing.contention,
+        }
+        found["first_call_s"] = found["first_call_s"] or timing.first_call_s
+        found["path"] = loaded.path
+        if timing.device_sync_mismatch:
+            raise _Escaped(timing.device_sync_mismatch)
+    if plan.memory:
+        emit({"event": "phase", "phase": "memory"})
+        run.prepare()
+        if device.type == "cpu":
+            settle()
+        with run.context():
+            reading = measure_memory(
+                run.call_prepared,
+                device=device,
+                module=loaded.module,
+                inputs=[x],
+                floor_bytes=floor,
+                call_s=call_s or 0.0,
+            )
+        found |= {
+            "peak_memory_mb": _mib(reading.peak_bytes),
+            "allocated_memory_mb": _mib(reading.allocated_bytes),
+            "reserved_memory_mb": _mib(reading.reserved_bytes),
+            "memory_note": reading.reason,
+        }
+        if reading.peak_bytes is not None:
+            found["peak_bytes_per_token"] = reading.peak_bytes / cell.tokens
+    found["path"] = loaded.path
+
+
+def _gate(
+    cell: Cell,
+    plan: Plan,
+    device: torch.device,
+    loaded: LoadedBlock,
+    x: Tensor,
+    gate_cache: dict[Any, dict[str, Any]],
+    found: dict[str, Any],
+) -> tuple[int, float | None]:
+    """Run the gate and record it. Returns (calls made at the cell's shape, seconds that the last took)."""
+    start = time.perf_counter()
+    try:
+        gate = check_block(loaded, cell, device, DTYPES[cell.dtype], plan.seed, x, gate_cache)
+    finally:
+        found["gate_s"] = time.perf_counter() - start
+    found["first_call_s"] = gate["first_call_s"]
+    found["gate_s"] -= gate["first_call_s"] or 0.0
+    found["gate"] = {name: gate[name] for name in ("error", "tolerance", "passed", "reason")}
+    found["path"] = loaded.path
+    if not gate["passed"]:
+        found["status"] = "wrong"
+        found["error"] = {"type": "Wrong", "message": f"{loaded.name} {gate['reason']}"}
+    return gate["calls"], gate["call_s"]
+
+
+def _time(
+    cell: Cell,
+    plan: Plan,
+    device: torch.device,
+    run: _Run,
+    emit: Emit,
+    *,
+    warmed: int,
+    call_s: float | None,
+    first_call: bool,
+) -> Timing:
+    size = run.x.numel() * run.x.element_size()
+    inputs = [run.x]
+    call: Callable[..., Any] = run.call
+    graph = plan.cuda_graph and device.type == "cuda"
+    with run.context():
+        if graph:
+            call, inputs = _captured(run), []
+        elif cell.mode in ("forward", "prefill") and size * POOL <= POOL_BYTES:
+            inputs += [make_input(cell, device, seed=plan.seed + index) for index in range(1, POOL)]
+        return time_call(
+            call,
+            device=device,
+            plan=plan,
+            emit=emit,
+            inputs=inputs,
+            before_sample=run.prepare if cell.mode == "decode" else None,
+            warmed=warmed,
+            call_s=None if graph else call_s,
+            first_call=first_call and not graph,
+            flush=size < FLUSHES_ITSELF_BYTES,
+        )
+
+
+def _captured(run: _Run) -> Callable[[], None]:
+    """The call as a CUDA graph, to be replayed on the input it was captured with."""
+    if run.cell.mode != "forward":
+        raise NotImplementedError(f"a CUDA graph is measured in mode forward, not {run.cell.mode}")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run.call(run.x)
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            run.output = run.call(run.x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotImplementedError(f"it cannot be captured in a CUDA graph: {error}") from error
+    return graph.replay
+
+
+def make_input(cell: Cell, device: torch.device, *, seed: int) -> Tensor:
+    """x `[B, T, D]`, standard normal from `seed`. The same on every run; touched, so no page is missing later."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (cell.batch_size, cell.length, cell.d_model)
+    return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[cell.dtype])
+
+
+class _Run:
+    """The call that a cell's mode is about.
+
+    forward: y of x. prefill: (y, state) of x. decode: one step after x; a stream goes on from step to step and is
+    begun anew before it has grown by an eighth. train: forward in training mode and backward, gradients freed first.
+    """
+
+    def __init__(self, cell: Cell, loaded: LoadedBlock, x: Tensor) -> None:
+        self.cell, self.loaded, self.x = cell, loaded, x
+        self.state: Any = None
+        self.steps = 0
+        self.output: Any = None
+        self.call: Callable[[Tensor], Any] = getattr(self, f"_{cell.mode}")
+        if cell.mode == "train":
+            loaded.module.train()
+            self.x = x.requires_grad_()
+            self.grad = torch.randn_like(x)
+        elif cell.mode == "decode":
+            self.tokens = x[:, -1:].clone()
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.cell.mode == "train" else torch.inference_mode()
+
+    def prepare(self) -> None:
+        """What comes before a call and is no part of it."""
+        if self.cell.mode == "decode" and (self.state is None or self.steps >= max(16, self.cell.length // 8)):
+            self.state, self.steps = None, 0
+            with torch.inference_mode():
+                _, self.state = self.loaded.prefill(self.x)
+
+    def call_prepared(self) -> Any:
+        return self.call(self.x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.loaded.call(x)
+
+    def _prefill(self, x: Tensor) -> tuple[Tensor, Any]:
+        return self.loaded.prefill(x)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        y, self.state = self.loaded.step(self.tokens, self.state)
+        self.steps += 1
+        return y
+
+    def _train(self, x: Tensor) -> Tensor:
+        x.grad = None
+        for parameter in self.loaded.module.parameters():
+            parameter.grad = None
+        y = self.loaded.call(x)
+        y.backward(self.grad)
+        return y.detach()
+
+
+def _fault(error: BaseException) -> dict[str, Any]:
+    """The status and error of a cell whose block raised."""
+    text = str(error).strip() or type(error).__name__
+    lower = text.lower()
+    kind = type(error).__name__
+    if isinstance(error, _Escaped):
+        return {"status": "impossible", "error": {"type": "Escaped", "message": text}}
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in lower for words in _OOM_WORDS)
+    ):
+        # What was measured before is not the whole cell.
+        return {"status": "oom", "samples_round": [], "error": {"type": kind, "message": _first_lines(text)}}
+    if isinstance(error, NotImplementedError) or (
+        isinstance(error, RuntimeError) and any(words in lower for words in _UNSUPPORTED_WORDS)
+    ):
+        return {"status": "unsupported", "samples_round": [], "error": {"type": kind, "message": _first_lines(text)}}
+    if isinstance(error, LongctxError):
+        message = f"{error.message} ({error.hint})" if error.hint else error.message
+        return {"status": "failed", "samples_round": [], "error": {"type": kind, "message": message}}
+    if isinstance(error, SystemExit):
+        text = f"the block ended the program (exit code {error.code})"
+    tail = "".join(traceback.format_exception(error)[-4:])
+    return {
+        "status": "failed",
+        "samples_round": [],
+        "error": {"type": kind, "message": _first_lines(text), "traceback": tail[-2000:]},
+    }
+
+
+def _first_lines(text: str, limit: int = 500) -> str:
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _mib(count: int | None) -> float | None:
+    return None if count is None or not math.isfinite(count) else count / 2**20

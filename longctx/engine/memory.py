@@ -1,0 +1,206 @@
+"""How much memory one call takes: the highest level during it, above the level just before it.
+
+CUDA: torch's own count of the bytes that tensors asked for. CPU: the kernel's high-water mark of resident pages, in a
+process whose allocator gives freed pages back at once (`MALLOC_ENV`); pages that are never touched do not count.
+Bytes throughout. Nothing else may be timed meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""glibc settings of the process that measures CPU memory, set before it starts. They slow it: time elsewhere."""
+
+MAX_READINGS = 4
+CPU_AGREEMENT_BYTES = 1 << 20
+CPU_AGREEMENT = 0.01
+SLOW_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReading:
+    """Bytes, each None where this system does not tell; `reason` then says why."""
+
+    peak_bytes: int | None = None
+    allocated_bytes: int | None = None
+    """Live after the call: weights, buffers, input and output. On a CPU counted from the tensors themselves."""
+    reserved_bytes: int | None = None
+    reason: str | None = None
+
+
+def measure_memory(
+    call: Callable[[], Any],
+    *,
+    device: torch.device,
+    module: nn.Module,
+    inputs: Iterable[Any],
+    floor_bytes: int = 0,
+    call_s: float = 0.0,
+) -> MemoryReading:
+    """Memory of `call()`, which returns what it computed.
+
+    inputs: tensors that live through the call. floor_bytes: `resting_bytes` before the module and its inputs were
+    made. call_s: about how long a call takes; a slow one is read fewer times.
+    """
+    if device.type == "cuda":
+        return _measure_cuda(call, device=device, floor_bytes=floor_bytes)
+    return _measure_cpu(call, module=module, inputs=inputs, call_s=call_s)
+
+
+def resting_bytes(device: torch.device) -> int:
+    """Bytes that tensors hold on a GPU now; 0 on a CPU. Workspaces of cuBLAS are made first if they are missing.
+
+    They stay for the life of the process, so they belong to the floor and not to the block that came first.
+    """
+    if device.type != "cuda":
+        return 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a = torch.ones(64, 64, device=device, dtype=dtype)
+        torch.addmm(a[0], a, a)
+        torch.mm(a, a)
+        del a
+    gc.collect()
+    torch.cuda.synchronize(device)
+    return _requested(device, "current")
+
+
+# -- CUDA ----------------------------------------------------------------------------------------------------------
+
+
+def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor_bytes: int) -> MemoryReading:
+    readings: list[MemoryReading] = []
+    with torch.cuda.device(device):
+        # The first calls of a process make workspaces that stay: they are not this block's.
+        _drop(call())
+        while len(readings) < MAX_READINGS:
+            gc.collect()
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            before = _requested(device, "current")
+            torch.cuda.reset_peak_memory_stats(device)
+            y = call()
+            torch.cuda.synchronize(device)
+            peak = _requested(device, "peak") - before
+            reserved = torch.cuda.max_memory_reserved(device)
+            # What captured graphs hold serves no one else, but no allocation shows it when they are replayed.
+            graphs = _graph_pool_bytes(device)
+            allocated = _requested(device, "current") - floor_bytes
+            del y
+            reading = MemoryReading(
+                peak_bytes=peak + graphs, allocated_bytes=allocated + graphs, reserved_bytes=reserved
+            )
+            readings.append(reading)
+            if len(readings) > 1 and readings[-2].peak_bytes == reading.peak_bytes:
+                break
+    return max(readings[-2:], key=lambda reading: reading.peak_bytes or 0)
+
+
+def _requested(device: torch.device, moment: str) -> int:
+    """Bytes that tensors asked for. The allocator's own sizes depend on which free block it happened to have."""
+    stats = torch.cuda.memory_stats(device)
+    requested = stats.get(f"requested_bytes.all.{moment}", 0)
+    # Other allocators than torch's native one keep no such count.
+    return int(requested or stats.get(f"allocated_bytes.all.{moment}", 0))
+
+
+def _graph_pool_bytes(device: torch.device) -> int:
+    held = 0
+    for segment in torch.cuda.memory_snapshot():
+        if segment.get("device") == device.index and tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
+            held += segment["total_size"] - segment["allocated_size"]
+    return held
+
+
+# -- CPU -----------------------------------------------------------------------------------------------------------
+
+
+def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable[Any], call_s: float) -> MemoryReading:
+    y = call()
+    allocated = tensor_bytes([*module.parameters(), *module.buffers(), *inputs, y])
+    if any(parameter.grad is not None for parameter in module.parameters()):
+        allocated += tensor_bytes(p.grad for p in module.parameters() if p.grad is not None)
+    del y
+    reason = why_no_cpu_peak()
+    if reason:
+        return MemoryReading(allocated_bytes=allocated, reason=reason)
+    peaks: list[int] = []
+    while len(peaks) < (1 if call_s > SLOW_S else MAX_READINGS):
+        peaks.append(cpu_peak_bytes(call))
+        if len(peaks) > 1:
+            last, high = peaks[-2:], max(peaks[-2:])
+            if high - min(last) <= max(CPU_AGREEMENT_BYTES, CPU_AGREEMENT * high):
+                break
+    return MemoryReading(peak_bytes=max(peaks[-2:]), allocated_bytes=allocated)
+
+
+def cpu_peak_bytes(call: Callable[[], Any]) -> int:
+    """Resident bytes at the highest moment of `call()`, above the level just before it. Linux, under MALLOC_ENV."""
+    settle()
+    # 5 resets the high-water mark to the present level.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    y = call()
+    peak = _status_bytes("VmHWM") - before
+    _drop(y)
+    return max(0, peak)
+
+
+def settle() -> None:
+    """Give every freed page back to the kernel."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def why_no_cpu_peak() -> str | None:
+    """Why this process cannot read its peak, or None if it can."""
+    if not sys.platform.startswith("linux"):
+        return "peak CPU memory is read from /proc, which this system does not have"
+    for name, value in MALLOC_ENV.items():
+        if os.environ.get(name) != value:
+            return f"peak CPU memory needs a process started with {name}={value}"
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        _status_bytes("VmHWM")
+    except (OSError, ValueError) as error:
+        return f"the kernel does not let the high-water mark be reset: {error}"
+    return None
+
+
+def tensor_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the storages that the tensors among `values` lie in (tuples and lists are looked into), each once."""
+    storages: dict[tuple[str, int], int] = {}
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[str(value.device), storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, tuple | list):
+            todo += value
+    return sum(storages.values())
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if not found:
+        raise ValueError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
+
+
+def _drop(value: Any) -> None:
+    """Lets go of a value that was only made to be made."""
+    del value
