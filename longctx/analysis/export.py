@@ -122,8 +122,7 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
     fits = slopes(results)
     if fits:
         table = [
-            [_markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))]
-            for row in fits
+            [_markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))] for row in fits
         ]
         parts.append(_markdown_table(["block", "local slope of time", "of peak memory"], table, right=(1, 2)))
     failed = problems(results)

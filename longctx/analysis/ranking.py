@@ -69,9 +69,7 @@ def comparable(result: BenchmarkResult) -> tuple:
     return (result.sequence_length, result.batch_size, result.mode, result.dtype, *shape, device)
 
 
-def base_of(
-    result: BenchmarkResult, results: Iterable[BenchmarkResult], name: str = BASE
-) -> BenchmarkResult | None:
+def base_of(result: BenchmarkResult, results: Iterable[BenchmarkResult], name: str = BASE) -> BenchmarkResult | None:
     """The ok row of block `name` that `result` may be compared with, or None."""
     wanted = comparable(result)
     for other in results:

@@ -99,9 +99,7 @@ def metric_for(name: str, results: Iterable[BenchmarkResult]) -> Metric:
     return metric
 
 
-def collect(
-    runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric
-) -> tuple[list[Series], list[Missing]]:
+def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tuple[list[Series], list[Missing]]:
     """The curves of `runs` (label of a file -> its rows), and the rows that have no point.
 
     A row's curve is its block, with whatever else differs among all rows added to the name: dtype, batch,

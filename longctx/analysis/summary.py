@@ -43,9 +43,7 @@ def rankings(results: Iterable[BenchmarkResult]) -> list[Ranking]:
     ranked = []
     for key, rows in sorted(groups.items(), key=lambda item: item[0][0]):
         batch, mode, dtype = key[1:4]
-        words = (
-            f"{mode}, {dtype or 'dtype not recorded'}, batch {batch}, {key[-1]}" if len(settings) > 1 else ""
-        )
+        words = f"{mode}, {dtype or 'dtype not recorded'}, batch {batch}, {key[-1]}" if len(settings) > 1 else ""
         found = rank(rows, key[0])
         if found:
             ranked.append(Ranking(length=key[0], setting=words, rows=found))
@@ -105,9 +103,7 @@ def headline(results: Sequence[BenchmarkResult]) -> str | None:
     slope = fit_slope(
         (r.sequence_length, positive(r.time_s))
         for r in results
-        if r.ok
-        and r.block_name == best.result.block_name
-        and comparable(r)[1:] == comparable(best.result)[1:]
+        if r.ok and r.block_name == best.result.block_name and comparable(r)[1:] == comparable(best.result)[1:]
     )
     if slope and slope.count > 2:
         sentence += f" (local slope of its time {slope.slope:.2f}: {slope.word})"

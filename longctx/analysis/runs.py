@@ -1,0 +1,47 @@
+"""The results files that a command was given, each under a short label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from longctx.errors import ResultsError
+from longctx.results import BenchmarkResult, last_results_path, read_results
+
+
+def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, list[BenchmarkResult]]:
+    """label -> rows of each file in `paths`, or of the newest file under `results_dir` if none is named.
+
+    A label is the file's stem, with its folder where two stems are alike. Raises ResultsError for a file that
+    cannot be read or holds no rows, and when there is no sweep yet.
+    """
+    chosen = [Path(path) for path in paths]
+    if not chosen:
+        newest = last_results_path(results_dir)
+        if newest is None:
+            raise ResultsError(
+                f"there are no results under {str(results_dir)!r} yet",
+                "run `longctx sweep` first, or name a results file",
+            )
+        chosen = [Path(newest)]
+    chosen = list(dict.fromkeys(chosen))
+    runs = {}
+    for label, path in zip(_labels(chosen), chosen, strict=True):
+        rows = read_results(path)
+        if not rows:
+            raise ResultsError(f"{path} holds no results", "its sweep ended before the first cell was done")
+        runs[label] = rows
+    return runs
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    stems = [path.stem for path in paths]
+    labels: list[str] = []
+    for path, stem in zip(paths, stems, strict=True):
+        label = stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}/{stem}"
+        number = 2
+        while label in labels:
+            label = f"{label} ({number})"
+            number += 1
+        labels.append(label)
+    return labels
