@@ -187,8 +187,8 @@ class DPASSMBlock(PreNormBlock):
     def path(self) -> str:
         """Which implementations run on this block's device and dtype, in words."""
         weight = self.qkv_proj.weight
-        q = weight.new_empty(1, 1, self.n_heads, self.head_dim)
-        return f"{window_attention_path(q)}, chunked Toeplitz scan"
+        attention = window_attention_path(weight.device, weight.dtype, self.head_dim)
+        return f"{attention}, chunked Toeplitz scan"
 
     @property
     def _kv_width(self) -> int:
