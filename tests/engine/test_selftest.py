@@ -45,6 +45,9 @@ class WrongGradient(Honest):
 
 
 class Dies(nn.Module):
+    def __init__(self):
+        super().__init__()
+
     def forward(self, x):
         print("last words", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
