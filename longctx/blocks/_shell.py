@@ -101,9 +101,7 @@ class PreNormBlock(nn.Module):
 
     def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token: x_t `[B, 1, D]` -> (y_t `[B, 1, D]`, state). Equal to `forward`; consumes the state given."""
-        self.check_causal("step")
-        if x_t.dim() != 3 or x_t.shape[1] != 1:
-            raise UsageError(f"step takes one token, [B, 1, D], not {list(x_t.shape)}")
+        self.check_step(x_t)
         return self.forward(x_t, state)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -165,6 +163,11 @@ class PreNormBlock(nn.Module):
             raise UsageError(f"the input must be [B, T >= 1, {self.d_model}], not {list(x.shape)}")
         if state is not None:
             self.check_causal("a carried state")
+
+    def check_step(self, x_t: Tensor) -> None:
+        self.check_causal("step")
+        if x_t.dim() != 3 or x_t.shape[1] != 1:
+            raise UsageError(f"step takes one token, [B, 1, D], not {list(x_t.shape)}")
 
     def check_causal(self, what: str) -> None:
         if not self.causal:

@@ -1,0 +1,281 @@
+"""Longformer: a window of recent tokens and a few global ones (Beltagy et al. 2020, arXiv 2004.05150).
+
+Causal: token t sees the tokens at distances 0, d, ..., (W-1)d behind it and the first g tokens, none of them twice.
+Not causal: distances up to (W // 2)d on both sides, and the first g tokens see all. The row of a global token takes
+its query, and all the keys and values that it reads, from a projection of its own.
+
+Letters: B batch, T tokens, D d_model, H heads, G key-value heads, K head width, W window, d dilation, g globals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
+from longctx.config import Cell
+from longctx.errors import UsageError
+from longctx.ops.dense_attention import dense_attention
+from longctx.ops.key_values import KeyValues
+from longctx.ops.window_attention import window_attention, window_attention_path
+
+
+@dataclass(kw_only=True)
+class LongformerState:
+    """What later tokens need of earlier ones.
+
+    seen: tokens so far. recent: keys and values of the last (W-1)d tokens behind the globals. first: those of the
+    globals so far, `[B, min(seen, g), 2, G, K]`. first_rows: the same from the globals' own projection, None once
+    all g tokens have passed.
+    """
+
+    seen: int
+    recent: KeyValues
+    first: Tensor
+    first_rows: Tensor | None
+
+    def detach(self) -> LongformerState:
+        """The same state, cut off from the graph of the calls that made it."""
+        rows = None if self.first_rows is None else self.first_rows.detach()
+        return replace(self, recent=self.recent.detach(), first=self.first.detach(), first_rows=rows)
+
+
+class LongformerBlock(PreNormBlock):
+    """Sliding-window attention with global tokens.
+
+    window_size: W, even without causality. dilation: d. num_global_tokens: g, the first tokens of the sequence.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        num_kv_heads: int | None = None,
+        window_size: int = 512,
+        dilation: int = 1,
+        num_global_tokens: int = 1,
+        causal: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model=d_model,
+            n_heads=n_heads,
+            num_kv_heads=num_kv_heads,
+            dropout=dropout,
+            causal=causal,
+            device=device,
+            dtype=dtype,
+        )
+        check_counts(window_size=window_size, dilation=dilation)
+        check_counts(least=0, num_global_tokens=num_global_tokens)
+        if not causal and window_size % 2:
+            raise UsageError(f"without causality window_size must be even, half on each side, not {window_size}")
+        self.window_size, self.dilation, self.num_global_tokens = window_size, dilation, num_global_tokens
+        if num_global_tokens:
+            rows = self.qkv_proj.out_features
+            self.qkv_global_proj = nn.Linear(d_model, rows, bias=False, device=device, dtype=dtype)
+
+    @property
+    def path(self) -> str:
+        weight = self.qkv_proj.weight
+        return window_attention_path(weight.device, weight.dtype, self.head_dim)
+
+    def init_state(self, batch_size: int) -> LongformerState:
+        self.check_causal("state")
+        check_counts(batch_size=batch_size)
+        none = self.qkv_proj.weight.new_empty(batch_size, 0, 2, self.num_kv_heads, self.head_dim)
+        reach = (self.window_size - 1) * self.dilation
+        recent = KeyValues(buffer=none, reach=reach, lead=self.num_global_tokens)
+        return LongformerState(seen=0, recent=recent, first=none, first_rows=none if self.num_global_tokens else None)
+
+    def forward(
+        self, x: Tensor, state: LongformerState | None = None, *, keep_state: bool = True
+    ) -> tuple[Tensor, LongformerState | None]:
+        """As `PreNormBlock.forward`; the state given is left as it was, and can be continued again."""
+        if isinstance(state, LongformerState):
+            state = replace(state, recent=state.recent.fork())
+        y, state = super().forward(x, state, keep_state=keep_state)
+        if state is not None and not torch.is_grad_enabled():
+            state.recent = state.recent.trim()
+        return y, state
+
+    def step(self, x_t: Tensor, state: LongformerState) -> tuple[Tensor, LongformerState]:
+        self.check_step(x_t)
+        return super().forward(x_t, state)
+
+    def mix(self, u: Tensor, state: LongformerState | None, keep_state: bool) -> tuple[Tensor, LongformerState | None]:
+        mixed = self._mix_causal(u, state, keep_state) if self.causal else (self._mix_both_ways(u), None)
+        return self.out_proj(mixed[0].flatten(2)), mixed[1]
+
+    def _mix_causal(
+        self, u: Tensor, state: LongformerState | None, keep_state: bool
+    ) -> tuple[Tensor, LongformerState | None]:
+        if state is None and keep_state:
+            state = self.init_state(u.shape[0])
+        seen = 0 if state is None else state.seen
+        first = None if state is None else state.first
+        q, kv = self._project(self.qkv_proj, u)
+        head = min(max(self.num_global_tokens - seen, 0), u.shape[1])
+        parts = []
+        if head:
+            # Global rows see each other alone, through their own projection.
+            global_q, rows = self._project(self.qkv_global_proj, u[:, :head])
+            first = _join(first, kv[:, :head])
+            if state is not None:
+                rows = _join(state.first_rows, rows)
+                state.first_rows = rows if seen + head < self.num_global_tokens else None
+            parts.append(self._attend(global_q, rows, window_size=rows.shape[1], dilation=1))
+        if head < u.shape[1]:
+            q, kv = q[:, head:], kv[:, head:]
+            if state is not None:
+                kv = state.recent.append(kv)
+            parts.append(self._attend_window(q, kv, first, state))
+        if state is not None:
+            state.seen, state.first = seen + u.shape[1], first
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), state if keep_state else None
+
+    def _attend_window(self, q: Tensor, kv: Tensor, first: Tensor | None, state: LongformerState | None) -> Tensor:
+        if not self.num_global_tokens:
+            return self._attend(q, kv)
+        if q.shape[1] == 1 and self.dilation == 1 and state is not None and not state.recent.shared:
+            # A single token sees every row there is: with the globals in front of the window, one call does.
+            return self._attend(q, state.recent.with_lead(first), window_size=kv.shape[1] + first.shape[1])
+        return self._attend(q, kv, first=first)
+
+    def _attend(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        *,
+        first: Tensor | None = None,
+        window_size: int | None = None,
+        dilation: int | None = None,
+    ) -> Tensor:
+        k, v = kv.unbind(2)
+        global_k, global_v = (None, None) if first is None else first.unbind(2)
+        return window_attention(
+            q,
+            k,
+            v,
+            window=window_size or self.window_size,
+            dilation=dilation or self.dilation,
+            causal=self.causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            global_k=global_k,
+            global_v=global_v,
+            key_offset=self.num_global_tokens,
+        )
+
+    def _mix_both_ways(self, u: Tensor) -> Tensor:
+        q, kv = self._project(self.qkv_proj, u)
+        head = min(self.num_global_tokens, u.shape[1])
+        parts = []
+        if head:
+            weight_q, weight_kv = self.qkv_global_proj.weight.split([self.d_model, kv[0, 0].numel()])
+            global_q = F.linear(u[:, :head], weight_q).unflatten(-1, (self.n_heads, self.head_dim))
+            rows = F.linear(u, weight_kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+            dropout = self.dropout if self.training else 0.0
+            parts.append(dense_attention(global_q, *rows.unbind(2), causal=False, dropout_p=dropout))
+        if head < u.shape[1]:
+            parts.append(self._attend(q[:, head:], kv[:, head:], first=kv[:, :head] if head else None))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _project(self, projection: nn.Linear, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u `[B, t, D]` -> q `[B, t, H, K]`, keys and values `[B, t, 2, G, K]`: views of one product."""
+        q, kv = projection(u).split([self.d_model, 2 * self.num_kv_heads * self.head_dim], dim=-1)
+        return (
+            q.unflatten(-1, (self.n_heads, self.head_dim)),
+            kv.unflatten(-1, (2, self.num_kv_heads, self.head_dim)),
+        )
+
+
+def _join(old: Tensor | None, new: Tensor) -> Tensor:
+    """Both behind each other in memory of their own: a view would keep a whole slab alive."""
+    return new.clone() if old is None or not old.shape[1] else torch.cat([old.to(new.dtype), new], dim=1)
+
+
+def reference(block: LongformerBlock, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, None]:
+    """x `[B, T, D]` -> (y `[B, T, D]`, None) by dense masks."""
+    u = block.attn_norm(x)
+    position = torch.arange(x.shape[1], device=x.device)
+    distance = position[:, None] - position[None, :]
+    within = (distance % block.dilation == 0) & (distance.abs() <= _reach(block))
+    is_global = position < block.num_global_tokens
+    allowed = distance >= 0 if block.causal else torch.ones_like(distance, dtype=torch.bool)
+    mixed = _dense(block, block.qkv_proj(u), (within | is_global[None, :]) & allowed)
+    if block.num_global_tokens:
+        of_globals = _dense(block, block.qkv_global_proj(u), allowed)
+        mixed = torch.where(is_global[:, None], of_globals, mixed)
+    x = x + block.out_proj(mixed)
+    return x + block.ffn_down(F.gelu(block.ffn_up(block.ffn_norm(x)))), None
+
+
+def _reach(block: LongformerBlock) -> int:
+    return (block.window_size - 1 if block.causal else block.window_size // 2) * block.dilation
+
+
+def _dense(block: LongformerBlock, qkv: Tensor, visible: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in block.split_qkv(qkv))
+    k, v = (t.repeat_interleave(block.n_heads // block.num_kv_heads, dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) / block.head_dim**0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def visible_pairs(length: int, options: Mapping[str, Any], *, last_only: bool = False) -> int:
+    """(query, key) pairs that see each other among `length` tokens; of the last token alone if `last_only`."""
+    window, dilation, head = options["window_size"], options["dilation"], options["num_global_tokens"]
+    if not options["causal"]:
+        head, behind = min(head, length), max(length - head, 0)
+        near = behind + 2 * _ramp(behind, window // 2, dilation)
+        return head * length + behind * head + near
+    if last_only:
+        behind = length - 1 - head
+        return length if behind < 0 else head + min(window, behind // dilation + 1)
+    head, behind = min(head, length), max(length - head, 0)
+    return head * (head + 1) // 2 + behind * head + behind + _ramp(behind, window - 1, dilation)
+
+
+def _ramp(count: int, most: int, dilation: int) -> int:
+    """Sum over x < count of min(most, x // dilation)."""
+    rising = min(count, most * dilation)
+    whole, rest = divmod(rising, dilation)
+    return dilation * whole * (whole - 1) // 2 + rest * whole + (count - rising) * most
+
+
+def cost(cell: Cell, options: Mapping[str, Any]) -> Cost:
+    """The shell, every visible pair, and the globals' own projection: of the keys of all tokens if not causal."""
+    length, head = cell.length, min(options["num_global_tokens"], cell.length)
+    heads_kv = cell.num_kv_heads or cell.n_heads
+    token = 2 * heads_kv * (cell.d_model // cell.n_heads)
+    decode = cell.mode == "decode"
+    pairs = visible_pairs(length, options, last_only=decode)
+    queries = head if not decode else int(length <= head)
+    readers = length if head and not options["causal"] else queries
+    reach = (options["window_size"] - 1) * options["dilation"]
+    carried = head + min(max(length - head, 0), reach)
+    if length < options["num_global_tokens"]:
+        carried += length
+    shell = shell_cost(
+        cell,
+        pairs=pairs,
+        other_flops=2.0 * cell.d_model * (cell.d_model * queries + token * readers),
+        state_elements=carried * token if options["causal"] else 0,
+        read_elements=(pairs - 1) * token,
+    )
+    if not readers:
+        return shell
+    weights = cell.d_model * (cell.d_model + token) * ELEMENT_BYTES[cell.dtype]
+    return replace(shell, bytes=shell.bytes + weights * (3 if cell.mode == "train" else 1))
+
+
+SPEC = BlockSpec(label="Longformer", build=LongformerBlock, reference=reference, cost=cost)
