@@ -9,7 +9,6 @@ curves end.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from longctx.analysis.scaling import fit_slope
 from longctx.analysis.series import Missing, Series, collect, metric_for
 from longctx.results import BenchmarkResult
+from longctx.terminal.format import BYTES, RATES, SECONDS, Unit, number, plain, shorten, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -29,16 +29,16 @@ MARKERS = "●■▲◆○□△◇▼▽+x*#@%&=$"
 COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow")
 _COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}
 _GREY = 8
-NAME_LENGTH = 48
+NAME_WIDTH = 48
 
 _UNITS = {
-    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
-    "bytes": ((1024.0**3, "GiB"), (1024.0**2, "MiB"), (1024.0, "KiB"), (1.0, "B")),
-    "bytes/token": ((1024.0**2, "MiB/token"), (1024.0, "KiB/token"), (1.0, "B/token")),
-    "tokens/s": ((1e6, "million tokens/s"), (1.0, "tokens/s")),
+    "s": SECONDS,
+    "bytes": BYTES,
+    "bytes/token": tuple(Unit(name=f"{unit.name}/token", size=unit.size) for unit in BYTES),
+    "tokens/s": RATES,
 }
 _STATUS_WORDS = {"oom": "OOM"}
-_ASCII = str.maketrans("─│┌┐└┘├┤┬┴┼·µ●■▲◆○□△◇▼▽…", "-|+++++++++.u*#^ooO^+vv~")
+_ASCII = str.maketrans("─│┌┐└┘├┤┬┴┼·●■▲◆○□△◇▼▽…", "-|+++++++++.*#^ooO^+vv~")
 
 
 @dataclass(kw_only=True)
@@ -97,11 +97,12 @@ def scaling_plot(
     curves, missing = collect(runs, chosen)
     styled = [_styled(index, curve) for index, curve in enumerate(curves)]
     curves = sorted(styled, key=lambda curve: (-curve.points[-1][0], -curve.points[-1][1]))
-    scale, unit = _unit(chosen.kind, [value for curve in curves for _, value in curve.points])
+    unit = _unit(chosen.kind, [value for curve in curves for _, value in curve.points])
+    scale = unit.size
     lengths = sorted({length for curve in curves for length, _ in curve.points})
 
-    name = plain_name(title) if title else chosen.title
-    heading = f"{name} ({unit}) over tokens"
+    name = _name(title) if title else chosen.title
+    heading = f"{name} ({unit.name}) over tokens"
     caption = _caption(missing)
     legend = Text()
     if not curves:
@@ -109,12 +110,10 @@ def scaling_plot(
     elif width < MIN_WIDTH:
         body = _table(curves, lengths, scale)
     elif len(lengths) == 1:
-        heading = f"{name} ({unit}) at {length_label(lengths[0])} tokens"
+        heading = f"{name} ({unit.name}) at {tokens(lengths[0])} tokens"
         body = _bars(curves, scale, width)
     else:
-        drawn = _draw(
-            curves, lengths, scale, width, max(height, 6), references=metric == "scaling", color=color
-        )
+        drawn = _draw(curves, lengths, scale, width, max(height, 6), references=metric == "scaling", color=color)
         body = Text.from_ansi(drawn, no_wrap=True)
         legend = _legend(curves, scale, width, slopes=metric == "scaling", color=color)
     parts = {"title": Text(heading, style="bold"), "body": body, "legend": legend, "caption": caption}
@@ -123,38 +122,19 @@ def scaling_plot(
     return PlotText(**parts)
 
 
-def length_label(length: int) -> str:
-    """A sequence length as people write it: 1K, 64K, 1M (1024-based), or its digits if that is not whole."""
-    for size, letter in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
-        if length >= size and length % size == 0:
-            return f"{length // size}{letter}"
-    return str(length)
-
-
-def plain_name(name: object) -> str:
-    """A name from a file as one line of printable characters: no escapes, no control or direction marks."""
-    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(name))
-    text = " ".join(text.split())
-    return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1] + "…"
-
-
-def number(value: float) -> str:
-    """Three significant digits, with thousands separators and no exponent inside the usual range."""
-    if not 1e-4 <= value < 1e9:
-        return f"{value:.3g}"
-    digits = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{digits}f}"
-
-
-def _unit(kind: str, values: Sequence[float]) -> tuple[float, str]:
-    """(size, name) of the largest unit in which the middle value is at least 1."""
+def _unit(kind: str, values: Sequence[float]) -> Unit:
+    """The largest unit in which the middle value is at least 1: a logarithmic axis reaches far to both sides."""
     middle = sorted(values)[len(values) // 2] if values else 1.0
-    return next(((size, name) for size, name in _UNITS[kind] if middle >= size), _UNITS[kind][-1])
+    return next((unit for unit in _UNITS[kind] if middle >= unit.size), _UNITS[kind][-1])
+
+
+def _name(text: object) -> str:
+    return shorten(plain(text), NAME_WIDTH)
 
 
 def _styled(index: int, curve: Series) -> _Curve:
     return _Curve(
-        name=plain_name(curve.name),
+        name=_name(curve.name),
         points=curve.points,
         marker=MARKERS[index % len(MARKERS)],
         color=COLORS[index % len(COLORS)],
@@ -212,9 +192,7 @@ def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _reference(
-    start: tuple[float, float], exponent: int, right: float, top: float
-) -> tuple[list[float], list[float]]:
+def _reference(start: tuple[float, float], exponent: int, right: float, top: float) -> tuple[list[float], list[float]]:
     """The line of slope `exponent` from `start` to the edge of the picture, both axes logarithmic."""
     x0, y0 = start
     reach = min(right - x0, (top - y0) / exponent)
@@ -240,16 +218,14 @@ def _tick_label(value: float) -> str:
     return label.rstrip("0").rstrip(".") if "." in label and "e" not in label else label
 
 
-def _length_ticks(
-    lengths: Sequence[int], limits: tuple[float, float], columns: int
-) -> list[tuple[float, str]]:
+def _length_ticks(lengths: Sequence[int], limits: tuple[float, float], columns: int) -> list[tuple[float, str]]:
     """The measured lengths as ticks, leaving out those whose label would touch its neighbour's."""
     low, high = limits
     kept: list[tuple[float, str]] = []
     taken = -math.inf
     for length in reversed(lengths):
         position = math.log10(length)
-        column, label = (high - position) / (high - low) * columns, length_label(length)
+        column, label = (high - position) / (high - low) * columns, tokens(length)
         if column - len(label) / 2 >= taken + 1:
             kept.append((position, label))
             taken = column + len(label) / 2
@@ -265,7 +241,7 @@ def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool,
     for curve in curves:
         length, value = curve.points[-1]
         words = f" {curve.name} {number(value / scale)}"
-        words += f" at {length_label(length)}" if length < longest else ""
+        words += f" at {tokens(length)}" if length < longest else ""
         slope = fit_slope(curve.points) if slopes else None
         words += f", local slope {slope.slope:.2f}" if slope else ""
         entries.append(Text().append(curve.marker, style=curve.color if color else "").append(words))
@@ -306,7 +282,7 @@ def _table(curves: Sequence[_Curve], lengths: Sequence[int], scale: float) -> Te
     for curve in curves:
         values = dict(curve.points)
         lines.append(curve.name)
-        lines += [f"  {length_label(t):>6}  {number(values[t] / scale)}" for t in lengths if t in values]
+        lines += [f"  {tokens(t):>6}  {number(values[t] / scale)}" for t in lengths if t in values]
     return Text("\n".join(lines))
 
 
@@ -316,9 +292,9 @@ def _caption(missing: Sequence[Missing]) -> Text:
 
     groups: dict[tuple[str, int], list[str]] = {}
     for row in missing:
-        groups.setdefault((row.reason, row.length), []).append(plain_name(row.name))
+        groups.setdefault((row.reason, row.length), []).append(_name(row.name))
     lines = [
-        f"{_STATUS_WORDS.get(reason, plain_name(reason))} at {length_label(length)}: {', '.join(names)}"
+        f"{_STATUS_WORDS.get(reason, _name(reason))} at {tokens(length)}: {', '.join(names)}"
         for (reason, length), names in groups.items()
     ]
     return Text("\n".join(lines))

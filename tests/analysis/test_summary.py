@@ -1,12 +1,7 @@
-"""Curves, summaries and the documents for other programs."""
-
-import csv
-import io
-import json
+"""Curves, and what a run says."""
 
 import pytest
 
-from longctx.analysis.export import document, to_csv, to_markdown
 from longctx.analysis.series import METRICS, collect, metric_for
 from longctx.analysis.summary import headline, problems, rankings, slopes
 from longctx.results import BenchmarkResult
@@ -25,9 +20,7 @@ def run():
         rows.append(row("Dense", length, (length / 1024) ** 2))
         rows.append(row("BLADE", length, length / 1024, peak_memory_mb=length / 64))
         rows.append(row("Identity", length, length / 2048))
-    rows.append(
-        row("Dense", 8192, status="oom", error={"type": "OutOfMemoryError", "message": "needs\nmore"})
-    )
+    rows.append(row("Dense", 8192, status="oom", error={"type": "OutOfMemoryError", "message": "needs\nmore"}))
     rows.append(row("BLADE", 8192, 8.0))
     return rows
 
@@ -95,44 +88,8 @@ def test_problems_carry_their_reason():
 
 def test_headline():
     text = headline(run()[:9])
-    assert (
-        "4,096" in text and "BLADE" in text and "4.00x faster than Dense" in text and "1.00: linear" in text
-    )
+    assert "4,096" in text and "BLADE" in text and "4.00x faster than Dense" in text and "1.00: linear" in text
     assert headline([]) is None
     assert headline([row("BLADE", 1024, 1.0)]) is None
     slow = [row("Dense", 1024, 1.0), row("BLADE", 1024, 2.0)]
     assert "Dense is faster" in headline(slow) and "2.00x" in headline(slow)
-
-
-HOSTILE = "=cmd|' /c'!A1 `<b>x</b>` \x1b[31m[red]@me #1 \ud800\n| a"
-
-
-def test_csv_reads_back_and_runs_nothing():
-    text = to_csv([row(HOSTILE, 1024, 0.1 + 0.2, warnings=["unstable"]), row("B", 2048, status="oom")])
-    text.encode()
-    read = list(csv.DictReader(io.StringIO(text)))
-    assert len(read) == 2
-    assert read[0]["block_name"].startswith("'=cmd")
-    assert "\x1b" not in text
-    assert float(read[0]["forward_time_median"]) == 0.1 + 0.2
-    assert (read[1]["forward_time_median"], read[1]["status"]) == ("", "oom")
-
-
-def test_markdown_keeps_its_columns():
-    text = to_markdown([row(HOSTILE, 1024, 1.0), *run()], environment="torch 2 | <cpu>")
-    text.encode()
-    assert "<" not in text and "\x1b" not in text and "@me" not in text
-    head, rule, *body = text.split("\n\n")[0].splitlines()
-    bars = {line.replace("\\|", "").count("|") for line in (head, rule, *body)}
-    assert bars == {8}
-    assert "| 4,096 |" in text and "| 0.25 |" in text
-    assert "Dense at 8,192: oom, needs" in text
-
-
-def test_document_is_strict_json():
-    rows = [*run(), row("X", 1024, float("nan"), config={"a": float("inf")})]
-    data = json.loads(json.dumps(document(rows), allow_nan=False))
-    assert len(data["results"]) == len(rows)
-    assert data["results"][-1]["forward_time_median"] is None
-    assert data["ratios_to_dense"][1]["ratio"] == 1.0
-    assert {s["name"] for s in data["local_slopes"]} >= {"Dense", "BLADE"}

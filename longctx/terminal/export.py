@@ -9,7 +9,6 @@ import csv
 import io
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from longctx.analysis.ranking import BASE, base_of, ratio
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import problems, slopes
 from longctx.results import BenchmarkResult
+from longctx.terminal.format import plain
 
 COLUMNS = (
     "block_name",
@@ -39,12 +39,6 @@ COLUMNS = (
     "tflops",
     "path",
 )
-
-
-def plain(value: object) -> str:
-    """`value` as one line of printable characters: control, format and surrogate characters become blanks."""
-    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
-    return " ".join(text.split())
 
 
 def jsonable(value: Any) -> Any:

@@ -1,0 +1,60 @@
+"""The documents for other programs: they read back, and nothing in them acts."""
+
+import csv
+import io
+import json
+
+from longctx.results import BenchmarkResult
+from longctx.terminal.export import document, to_csv, to_markdown
+
+
+def row(name, length, time_s=None, **fields):
+    samples = [[time_s]] if time_s else []
+    return BenchmarkResult(
+        block_name=name, sequence_length=length, forward_time_median=time_s, samples=samples, **fields
+    )
+
+
+def run():
+    rows = []
+    for length in (1024, 2048, 4096):
+        rows.append(row("Dense", length, (length / 1024) ** 2))
+        rows.append(row("BLADE", length, length / 1024, peak_memory_mb=length / 64))
+        rows.append(row("Identity", length, length / 2048))
+    rows.append(row("Dense", 8192, status="oom", error={"type": "OutOfMemoryError", "message": "needs\nmore"}))
+    rows.append(row("BLADE", 8192, 8.0))
+    return rows
+
+
+HOSTILE = "=cmd|' /c'!A1 `<b>x</b>` \x1b[31m[red]@me #1 \ud800\n| a"
+
+
+def test_csv_reads_back_and_runs_nothing():
+    text = to_csv([row(HOSTILE, 1024, 0.1 + 0.2, warnings=["unstable"]), row("B", 2048, status="oom")])
+    text.encode()
+    read = list(csv.DictReader(io.StringIO(text)))
+    assert len(read) == 2
+    assert read[0]["block_name"].startswith("'=cmd")
+    assert "\x1b" not in text
+    assert float(read[0]["forward_time_median"]) == 0.1 + 0.2
+    assert (read[1]["forward_time_median"], read[1]["status"]) == ("", "oom")
+
+
+def test_markdown_keeps_its_columns():
+    text = to_markdown([row(HOSTILE, 1024, 1.0), *run()], environment="torch 2 | <cpu>")
+    text.encode()
+    assert "<" not in text and "\x1b" not in text and "@me" not in text
+    head, rule, *body = text.split("\n\n")[0].splitlines()
+    bars = {line.replace("\\|", "").count("|") for line in (head, rule, *body)}
+    assert bars == {8}
+    assert "| 4,096 |" in text and "| 0.25 |" in text
+    assert "Dense at 8,192: oom, needs" in text
+
+
+def test_document_is_strict_json():
+    rows = [*run(), row("X", 1024, float("nan"), config={"a": float("inf")})]
+    data = json.loads(json.dumps(document(rows), allow_nan=False))
+    assert len(data["results"]) == len(rows)
+    assert data["results"][-1]["forward_time_median"] is None
+    assert data["ratios_to_dense"][1]["ratio"] == 1.0
+    assert {s["name"] for s in data["local_slopes"]} >= {"Dense", "BLADE"}
