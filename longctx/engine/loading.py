@@ -344,9 +344,12 @@ def _arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(keyword arguments to build with, the options among them with defaults filled in)."""
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = dict(inspect.signature(target).parameters)
     except (TypeError, ValueError) as error:
         raise UsageError(f"the signature of {request.target} cannot be read: {error}") from error
+    if inspect.isclass(target) and target.__init__ is nn.Module.__init__:
+        # It takes any keyword to refuse it.
+        parameters = {}
     kinds = inspect.Parameter
     named = {name: p for name, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
     open_ended = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())

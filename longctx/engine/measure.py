@@ -164,7 +164,7 @@ def _measure(
                 run.call_prepared,
                 device=device,
                 module=loaded.module,
-                inputs=[x],
+                inputs=[run.x, run.state],
                 floor_bytes=floor,
                 call_s=call_s or 0.0,
             )

@@ -8,6 +8,7 @@ Bytes throughout. Nothing else may be timed meanwhile.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import os
 import re
@@ -181,7 +182,7 @@ def why_no_cpu_peak() -> str | None:
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
-    """Bytes of the storages that the tensors among `values` lie in (tuples and lists are looked into), each once."""
+    """Bytes of the storages that the tensors among `values` lie in, each once; looks into lists, dicts, dataclasses."""
     storages: dict[tuple[str, int], int] = {}
     todo = list(values)
     while todo:
@@ -191,6 +192,10 @@ def tensor_bytes(values: Iterable[Any]) -> int:
             storages[str(value.device), storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, tuple | list):
             todo += value
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif dataclasses.is_dataclass(value):
+            todo += vars(value).values()
     return sum(storages.values())
 
 

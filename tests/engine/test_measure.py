@@ -1,0 +1,231 @@
+"""A cell from end to end: every fault of a block is a status, and harms neither the process nor the next row."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from longctx.config import BenchmarkConfig, BlockRequest, Cell
+from longctx.engine import timing
+from longctx.engine.flags import flag_state
+from longctx.engine.measure import Plan, make_input, measure_cell
+from longctx.results import STATUSES
+
+CPU = torch.device("cpu")
+
+MODULE = """
+import os, sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Base(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1) / 7
+
+class Dropping(Base):
+    def forward(self, x):
+        return F.dropout(x, 0.1)
+
+class OutOfMemory(Base):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+class HostOutOfMemory(Base):
+    def forward(self, x):
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+class NotForThis(Base):
+    def forward(self, x):
+        raise RuntimeError('"mixer_cpu" not implemented for \\'Half\\'')
+
+class Raising(Base):
+    def forward(self, x):
+        raise ValueError("what is this?")
+
+class Quitting(Base):
+    def forward(self, x):
+        sys.exit(4)
+
+class Interrupted(Base):
+    def forward(self, x):
+        raise KeyboardInterrupt
+
+class WrongShape(Base):
+    def forward(self, x):
+        return x[..., :-1]
+
+class Vandal(Base):
+    def __init__(self):
+        super().__init__()
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
+    def forward(self, x):
+        torch.manual_seed(3)
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float16)
+        os.environ["LONGCTX_TEST_VANDAL"] = "1"
+        return super().forward(x)
+
+class Curious(Base):
+    causal = True
+    def forward(self, x):
+        assert not self.training and not torch.is_grad_enabled() and torch.is_inference_mode_enabled()
+        assert torch.get_num_threads() == 2
+        return super().forward(x)
+
+class Learning(nn.Module):
+    def __init__(self, d_model, device=None, dtype=None):
+        super().__init__()
+        self.inner = nn.Linear(d_model, d_model, device=device, dtype=dtype)
+    def forward(self, x):
+        if self.training:
+            assert torch.is_grad_enabled() and x.requires_grad and x.grad is None and self.inner.weight.grad is None
+        return self.inner(x)
+"""
+
+
+@pytest.fixture(autouse=True)
+def brief_warmup(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_WARM_S", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(timing, "MAX_WARM_S", {"cpu": 0.02, "cuda": 0.02})
+
+
+@pytest.fixture
+def place(tmp_path):
+    path = tmp_path / "blocks_of_mine.py"
+    path.write_text(MODULE)
+    return str(path)
+
+
+def measure(text: str, *, plan: Plan | None = None, events: list | None = None, cache=None, **values):
+    cell = Cell(block=BlockRequest.parse(text), **{"length": 90, "d_model": 32, "n_heads": 4, **values})
+    plan = plan or Plan(warmup_runs=1, runs=2, exact=True, memory=False)
+    return measure_cell(
+        cell,
+        plan,
+        device=CPU,
+        config=BenchmarkConfig(threads=2).to_json(),
+        gate_cache={} if cache is None else cache,
+        emit=(lambda event: None) if events is None else events.append,
+    )
+
+
+def test_a_whole_cell():
+    events: list = []
+    found = measure("Identity", events=events, plan=Plan(warmup_runs=1, runs=3, exact=True))
+    assert found["status"] == "ok", found["error"]
+    assert len(found["samples_round"]) == 3
+    assert found["gate"]["passed"]
+    assert found["gate"]["error"] < 1e-5
+    assert found["first_call_s"] > 0
+    assert found["gate_s"] > 0
+    assert found["flops"] > 0
+    assert found["bytes"] > 0
+    assert found["path"]
+    assert found["allocated_memory_mb"] > 12 * 32 * 32 * 4 / 2**20
+    assert found["host_time_median"] is None
+    phases = [event["phase"] for event in events if event["event"] == "phase"]
+    assert phases == ["build", "gate", "warmup", "timing", "memory"]
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["Identity", "BLADE:chunk_size=16"])
+def test_every_mode_is_measured(mode, name):
+    found = measure(name, mode=mode, plan=Plan(warmup_runs=1, runs=2, exact=True))
+    assert found["status"] == "ok", found["error"]
+    assert len(found["samples_round"]) == 2
+
+
+def test_phases_that_are_not_planned_are_not_done():
+    found = measure("Identity", plan=Plan(gate=False, timing=False, memory=True))
+    assert found["status"] == "ok"
+    assert found["samples_round"] == []
+    assert found["gate"] is None
+    timed = measure("Identity", plan=Plan(gate=False, memory=False, warmup_runs=1, runs=2, exact=True))
+    assert timed["first_call_s"] > 0
+    assert timed["allocated_memory_mb"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("Dropping", "wrong", "two outputs"),
+        ("OutOfMemory", "oom", "1 TiB"),
+        ("HostOutOfMemory", "oom", ""),
+        ("NotForThis", "unsupported", "Half"),
+        ("Raising", "failed", "what is this"),
+        ("Quitting", "failed", "exit code 4"),
+        ("WrongShape", "failed", "31"),
+        ("Missing", "failed", "has no 'Missing'"),
+    ],
+)
+def test_faults_become_a_status(place, name, status, words):
+    found = measure(f"{place}:{name}")
+    assert found["status"] == status
+    assert status in STATUSES
+    assert words in found["error"]["message"]
+    assert found["error"]["type"]
+    assert found["samples_round"] == []
+    json.dumps(found)
+
+
+def test_an_interruption_passes(place):
+    with pytest.raises(KeyboardInterrupt):
+        measure(f"{place}:Interrupted")
+
+
+def test_a_mode_that_a_block_does_not_have_is_unsupported(place):
+    assert measure(f"{place}:Base", mode="decode")["status"] == "unsupported"
+    found = measure("Dense:causal=false", mode="prefill")
+    assert found["status"] == "unsupported"
+    assert "causal" in found["error"]["message"]
+
+
+def test_a_block_that_changes_global_state_harms_no_other_row(place):
+    before = flag_state(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
+    environment = dict(os.environ)
+    assert measure(f"{place}:Vandal")["status"] == "ok"
+    after = flag_state(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
+    assert before == after
+    assert dict(os.environ) == environment
+    assert measure(f"{place}:Curious")["status"] == "ok"
+
+
+def test_training_starts_each_call_without_gradients(place):
+    found = measure(f"{place}:Learning", mode="train")
+    assert found["status"] == "ok", found["error"]
+
+
+def test_a_gate_that_failed_is_not_timed(place):
+    events: list = []
+    measure(f"{place}:Dropping", events=events)
+    assert [event["phase"] for event in events] == ["build", "gate"]
+
+
+def test_inputs_are_the_same_on_every_run_and_in_every_format():
+    cell = Cell(block=BlockRequest(target="Identity"), length=50, d_model=32, n_heads=4, dtype="bf16")
+    x = make_input(cell, CPU, seed=5)
+    assert x.shape == (1, 50, 32)
+    assert x.dtype == torch.bfloat16
+    assert torch.equal(x, make_input(cell, CPU, seed=5))
+    assert not torch.equal(x, make_input(cell, CPU, seed=6))
+    assert 0.9 < float(x.float().std()) < 1.1
+
+
+@pytest.mark.cuda
+def test_a_whole_cell_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    cell = Cell(block=BlockRequest(target="Identity"), length=4096, dtype="bf16")
+    found = measure_cell(
+        cell, Plan(), device=device, config=BenchmarkConfig().to_json(), gate_cache={}, emit=lambda event: None
+    )
+    assert found["status"] == "ok", found["error"]
+    assert len(found["samples_round"]) >= 20
+    assert found["host_time_median"] > 0
+    assert found["peak_memory_mb"] > 0
+    assert found["reserved_memory_mb"] > 0
