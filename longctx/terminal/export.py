@@ -78,17 +78,25 @@ def document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
     )
 
 
-def to_csv(results: Sequence[BenchmarkResult]) -> str:
-    """One line a row, numbers in full and in the units of the results file, empty where there is none."""
+def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
+    """One line a row of all runs (label -> rows), the label first if there are several.
+
+    Numbers stand in full and in the units of the results file; what does not exist is empty.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, "ratio_to_dense", "gate_error", "warnings", "error"])
-    for result in results:
-        gate = result.gate if isinstance(result.gate, dict) else {}
-        error = result.error if isinstance(result.error, dict) else {}
-        extra = [_ratio_to_base(result, results), gate.get("error"), " ".join(map(str, result.warnings))]
-        cells = [getattr(result, name) for name in COLUMNS] + extra + [error.get("message")]
-        writer.writerow([_csv_cell(cell) for cell in cells])
+    several = len(runs) > 1
+    head = [*COLUMNS, "ratio_to_dense", "gate_error", "warnings", "error"]
+    writer.writerow(["run", *head] if several else head)
+    for label, results in runs.items():
+        for result in results:
+            gate = result.gate if isinstance(result.gate, dict) else {}
+            error = result.error if isinstance(result.error, dict) else {}
+            cells = [label] if several else []
+            cells += [getattr(result, name) for name in COLUMNS]
+            cells += [_ratio_to_base(result, results), gate.get("error")]
+            cells += [" ".join(map(str, result.warnings)), error.get("message")]
+            writer.writerow([_csv_cell(cell) for cell in cells])
     return out.getvalue()
 
 
@@ -97,13 +105,13 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
     head = ["block", "tokens", "time (ms)", f"time / {BASE}", "tokens/s", "peak (MiB)", "status"]
     rows = []
     for result in sorted(results, key=lambda r: r.sequence_length):
-        status = result.status if result.ok else f"**{_markdown_text(result.status)}**"
+        status = result.status if result.ok else f"**{markdown_text(result.status)}**"
         if result.warnings:
-            status += f" ({_markdown_text(', '.join(map(str, result.warnings)))})"
+            status += f" ({markdown_text(', '.join(map(str, result.warnings)))})"
         shown = result if result.ok else None
         rows.append(
             [
-                _markdown_text(result.block_name),
+                markdown_text(result.block_name),
                 f"{result.sequence_length:,}",
                 _figure(shown and result.time_s, 1e3),
                 _figure(_ratio_to_base(result, results)),
@@ -116,19 +124,19 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
     fits = slopes(results)
     if fits:
         table = [
-            [_markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))] for row in fits
+            [markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))] for row in fits
         ]
         parts.append(_markdown_table(["block", "local slope of time", "of peak memory"], table, right=(1, 2)))
     failed = problems(results)
     if failed:
         lines = [
-            f"- {_markdown_text(r.block_name)} at {r.sequence_length:,}: {_markdown_text(r.status)}"
-            + (f", {_markdown_text(why)}" if why else "")
+            f"- {markdown_text(r.block_name)} at {r.sequence_length:,}: {markdown_text(r.status)}"
+            + (f", {markdown_text(why)}" if why else "")
             for r, why in failed
         ]
         parts.append("\n".join(lines))
     if environment:
-        parts.append(_markdown_text(environment))
+        parts.append(markdown_text(environment))
     return "\n\n".join(parts) + "\n"
 
 
@@ -155,7 +163,8 @@ def _figure(value: float | None, factor: float = 1.0) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
-def _markdown_text(value: object) -> str:
+def markdown_text(value: object) -> str:
+    """`value` as plain text in Markdown: nothing in it formats, links, mentions or ends a table cell."""
     text = plain(value)
     text = re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", text)
     # Entities for what HTML, mentions and issue references would act upon.

@@ -30,7 +30,7 @@ HOSTILE = "=cmd|' /c'!A1 `<b>x</b>` \x1b[31m[red]@me #1 \ud800\n| a"
 
 
 def test_csv_reads_back_and_runs_nothing():
-    text = to_csv([row(HOSTILE, 1024, 0.1 + 0.2, warnings=["unstable"]), row("B", 2048, status="oom")])
+    text = to_csv({"x": [row(HOSTILE, 1024, 0.1 + 0.2, warnings=["unstable"]), row("B", 2048, status="oom")]})
     text.encode()
     read = list(csv.DictReader(io.StringIO(text)))
     assert len(read) == 2
@@ -58,3 +58,8 @@ def test_document_is_strict_json():
     assert data["results"][-1]["forward_time_median"] is None
     assert data["ratios_to_dense"][1]["ratio"] == 1.0
     assert {s["name"] for s in data["local_slopes"]} >= {"Dense", "BLADE"}
+
+
+def test_several_runs_are_told_apart_in_one_table():
+    read = list(csv.DictReader(io.StringIO(to_csv({"old": run(), "=new": run()[:1]}))))
+    assert [r["run"] for r in read] == ["old"] * len(run()) + ["'=new"]
