@@ -91,7 +91,8 @@ def _check_short(
     """The reference check, or what can be checked without a reference."""
     length, batch = short_length(loaded.options), min(cell.batch_size, 2)
     shape = (batch, length, cell.d_model)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).mul_(QUIET).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
+    x = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).mul_(QUIET).to(device, dtype)
     # A copy: a block may give its own buffer away, and write into it at the next call.
     y = loaded.checked_call(x).clone()
     if not _digest(y).finite:
@@ -202,7 +203,11 @@ def _check_at_shape(loaded: LoadedBlock, cell: Cell, seed: int, x: Tensor, found
         return _digest(y)
 
     length = x.shape[1]
+    given = _digest(x)
     first = digest()
+    if not torch.equal(_digest(x).columns, given.columns):
+        raise _Wrong("writes into its input tensor")
+    del given
     if not first.finite:
         raise _Wrong(f"gives NaN or infinity at {length:,} tokens")
     again = digest()

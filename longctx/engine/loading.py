@@ -18,14 +18,10 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,6 +30,7 @@ from torch import Tensor, nn
 from longctx import blocks
 from longctx.blocks._spec import TOLERANCES, BlockSpec, Cost
 from longctx.config import MODES, BlockRequest, Cell
+from longctx.engine.importing import import_target, in_words
 from longctx.errors import LongctxError, UsageError, did_you_mean
 
 _SHARED = ("d_model", "n_heads", "num_kv_heads", "device", "dtype")
@@ -224,21 +221,7 @@ def _imported_files(tree: ast.AST, package: Path, *, inside: Path) -> list[Path]
 
 
 def _load_user(request: BlockRequest, cell: Cell, device: torch.device, dtype: torch.dtype) -> LoadedBlock:
-    place, _, name = request.target.rpartition(":")
-    source = _import_file(Path(place)) if _is_file(place) else _import_package(place)
-    if not hasattr(source, name):
-        public = [known for known, value in vars(source).items() if callable(value) and not known.startswith("_")]
-        raise UsageError(
-            f"{place} has no {name!r}.{did_you_mean(name, public)}",
-            f"write {place}:Name with the name of an nn.Module class or of a function that returns one",
-        )
-    target = getattr(source, name)
-    if isinstance(target, nn.Module) or not callable(target):
-        what = "a module already built" if isinstance(target, nn.Module) else f"a {type(target).__name__}"
-        raise UsageError(
-            f"{request.target} is {what}, not something to build a block with",
-            "name an nn.Module class or a function that returns a module",
-        )
+    target, source = import_target(request.target)
     options = dict(request.options)
     shared = {
         "d_model": cell.d_model,
@@ -258,85 +241,13 @@ def _load_user(request: BlockRequest, cell: Cell, device: torch.device, dtype: t
         name=request.name,
         module=module,
         options=resolved,
-        source_hash=hashlib.sha256(_source_of(source)).hexdigest(),
+        source_hash=hashlib.sha256(source).hexdigest(),
         causal=causal,
         modes=MODES if own_step else ("forward", "train"),
         reference=_reference_of(module, target),
         cost=_cost_of(module, target, request, cell, resolved),
         takes_keep_state=_accepts(module.forward, "keep_state"),
     )
-
-
-def _is_file(place: str) -> bool:
-    return place.endswith(".py") or "/" in place or "\\" in place
-
-
-_FILES: dict[tuple[str, str], ModuleType] = {}
-_SIBLINGS: dict[str, str] = {}
-
-
-def _import_file(path: Path) -> ModuleType:
-    """The file as a module of its own, run once as long as it stays the same."""
-    if not path.is_file():
-        raise UsageError(
-            f"there is no file {str(path)!r}", "write path/to/file.py:Name, seen from the working directory"
-        )
-    path = path.resolve()
-    text = path.read_bytes()
-    digest = hashlib.sha256(text).hexdigest()
-    folder = str(path.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    if (str(path), digest) in _FILES:
-        return _FILES[str(path), digest]
-    # Files of two users' folders may import different modules of the same name.
-    for sibling, home in list(_SIBLINGS.items()):
-        if home != folder and (Path(folder, f"{sibling}.py").exists() or Path(folder, sibling).is_dir()):
-            del _SIBLINGS[sibling]
-            for stale in [known for known in sys.modules if known.partition(".")[0] == sibling]:
-                del sys.modules[stale]
-    before = set(sys.modules)
-    name = f"longctx_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{str(path)!r} is not a Python file", "write path/to/file.py:Name")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickling look their module up by name.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:
-        sys.modules.pop(name, None)
-        raise UsageError(
-            f"{path.name} cannot be loaded: {_in_words(error)}", "run it by itself with python to see more"
-        ) from error
-    for found in set(sys.modules) - before - {name}:
-        origin = getattr(sys.modules.get(found), "__file__", None)
-        if origin and Path(origin).is_relative_to(folder):
-            _SIBLINGS[found.partition(".")[0]] = folder
-    _FILES[str(path), digest] = module
-    return module
-
-
-def _import_package(place: str) -> ModuleType:
-    folder = str(Path.cwd())
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise UsageError(
-                f"there is no module {place!r} (nothing called {error.name!r} can be imported)",
-                "install its package or run from its folder; a file is written path/to/file.py:Name",
-            ) from error
-        raise UsageError(f"{place} cannot be loaded: {_in_words(error)}") from error
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:
-        raise UsageError(f"{place} cannot be loaded: {_in_words(error)}") from error
 
 
 def _arguments(
@@ -384,7 +295,7 @@ def _build_user(target: Callable[..., Any], request: BlockRequest, arguments: Ma
     except BaseException as error:
         given = ", ".join(f"{name}={_plain(value)}" for name, value in arguments.items())
         raise UsageError(
-            f"{request.target} cannot be built: {_in_words(error)}", f"it was called with {given or 'nothing'}"
+            f"{request.target} cannot be built: {in_words(error)}", f"it was called with {given or 'nothing'}"
         ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(
@@ -418,7 +329,7 @@ def _cost_of(
             found = Cost(**{name: float(found[name]) for name in ("flops", "bytes", "state_bytes")})
     except Exception as error:
         raise UsageError(
-            f"the cost of {request.target} cannot be computed: {_in_words(error)}",
+            f"the cost of {request.target} cannot be computed: {in_words(error)}",
             "cost(cell, options) returns flops, bytes and state_bytes, all numbers",
         ) from error
     if not isinstance(found, Cost):
@@ -428,18 +339,8 @@ def _cost_of(
     return found
 
 
-def _source_of(source: ModuleType) -> bytes:
-    path = getattr(source, "__file__", None)
-    return Path(path).read_bytes() if path and Path(path).is_file() else source.__name__.encode()
-
-
 def _accepts(function: Callable[..., Any], name: str) -> bool:
     try:
         return name in inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
-
-
-def _in_words(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

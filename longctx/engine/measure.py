@@ -142,7 +142,6 @@ def _measure(
         warmed, call_s = 0, None
     if plan.timing:
         timing = _time(cell, plan, device, run, emit, warmed=warmed, call_s=call_s, first_call=warmed == 0)
-        call_s = timing.median
         found |= {
             "samples_round": timing.samples,
             "warnings": timing.warnings,
@@ -150,7 +149,8 @@ def _measure(
             "calls_per_sample": timing.calls_per_sample,
             "contention": timing.contention,
         }
-        found["first_call_s"] = found["first_call_s"] or timing.first_call_s
+        if timing.first_call_s is not None:
+            found["first_call_s"] = timing.first_call_s
         found["path"] = loaded.path
         if timing.device_sync_mismatch:
             raise _Escaped(timing.device_sync_mismatch)
@@ -166,7 +166,6 @@ def _measure(
                 module=loaded.module,
                 inputs=[run.x, run.state],
                 floor_bytes=floor,
-                call_s=call_s or 0.0,
             )
         found |= {
             "peak_memory_mb": _mib(reading.peak_bytes),
@@ -343,7 +342,7 @@ def _fault(error: BaseException) -> dict[str, Any]:
     return {
         "status": "failed",
         "samples_round": [],
-        "error": {"type": kind, "message": _first_lines(text), "traceback": tail[-2000:]},
+        "error": {"type": kind, "message": _first_lines(text), "log_tail": tail[-2000:]},
     }
 
 

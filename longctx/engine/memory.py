@@ -13,6 +13,7 @@ import gc
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +49,15 @@ def measure_memory(
     module: nn.Module,
     inputs: Iterable[Any],
     floor_bytes: int = 0,
-    call_s: float = 0.0,
 ) -> MemoryReading:
     """Memory of `call()`, which returns what it computed.
 
     inputs: tensors that live through the call. floor_bytes: `resting_bytes` before the module and its inputs were
-    made. call_s: about how long a call takes; a slow one is read fewer times.
+    made. A slow call is read fewer times.
     """
     if device.type == "cuda":
         return _measure_cuda(call, device=device, floor_bytes=floor_bytes)
-    return _measure_cpu(call, module=module, inputs=inputs, call_s=call_s)
+    return _measure_cpu(call, module=module, inputs=inputs)
 
 
 def resting_bytes(device: torch.device) -> int:
@@ -127,8 +127,10 @@ def _graph_pool_bytes(device: torch.device) -> int:
 # -- CPU -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable[Any], call_s: float) -> MemoryReading:
+def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable[Any]) -> MemoryReading:
+    start = time.perf_counter()
     y = call()
+    slow = time.perf_counter() - start > SLOW_S
     allocated = tensor_bytes([*module.parameters(), *module.buffers(), *inputs, y])
     if any(parameter.grad is not None for parameter in module.parameters()):
         allocated += tensor_bytes(p.grad for p in module.parameters() if p.grad is not None)
@@ -137,7 +139,7 @@ def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable
     if reason:
         return MemoryReading(allocated_bytes=allocated, reason=reason)
     peaks: list[int] = []
-    while len(peaks) < (1 if call_s > SLOW_S else MAX_READINGS):
+    while len(peaks) < (1 if slow else MAX_READINGS):
         peaks.append(cpu_peak_bytes(call))
         if len(peaks) > 1:
             last, high = peaks[-2:], max(peaks[-2:])

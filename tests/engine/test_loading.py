@@ -194,7 +194,7 @@ def test_a_class_by_package(place, tmp_path, monkeypatch):
     ("name", "words"),
     [
         ("Plane", "Did you mean 'Plain'"),
-        ("number", "a int"),
+        ("number", "of type int"),
         ("made", "already built"),
         ("not_a_module", "returned int"),
         ("Needy", "needs dim"),

@@ -1,0 +1,123 @@
+"""Importing a user's own code by file or by package, with errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from longctx.errors import UsageError, did_you_mean
+
+
+def import_target(target: str) -> tuple[Callable[..., Any], bytes]:
+    """What `path/to/file.py:Name` or `package.module:Name` names, and the text of the file that it is in.
+
+    Leaves the file's folder on sys.path, for imports made later. Raises UsageError for a file, package or name that
+    is not there, code that fails when it is imported, and a name that nothing can be built with.
+    """
+    place, _, name = target.rpartition(":")
+    source = _import_file(Path(place)) if _is_file(place) else _import_package(place)
+    if not hasattr(source, name):
+        public = [known for known, value in vars(source).items() if callable(value) and not known.startswith("_")]
+        raise UsageError(
+            f"{place} has no {name!r}.{did_you_mean(name, public)}",
+            f"write {place}:Name with the name of an nn.Module class or of a function that returns one",
+        )
+    found = getattr(source, name)
+    if isinstance(found, nn.Module) or not callable(found):
+        what = "a module already built" if isinstance(found, nn.Module) else f"of type {type(found).__name__}"
+        raise UsageError(
+            f"{target} is {what}, not something to build a block with",
+            "name an nn.Module class or a function that returns a module",
+        )
+    return found, _source_of(source)
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place or "\\" in place
+
+
+_FILES: dict[tuple[str, str], ModuleType] = {}
+_SIBLINGS: dict[str, str] = {}
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The file as a module of its own, run once as long as it stays the same."""
+    if not path.is_file():
+        raise UsageError(
+            f"there is no file {str(path)!r}", "write path/to/file.py:Name, seen from the working directory"
+        )
+    path = path.resolve()
+    text = path.read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if (str(path), digest) in _FILES:
+        return _FILES[str(path), digest]
+    # Files of two users' folders may import different modules of the same name.
+    for sibling, home in list(_SIBLINGS.items()):
+        if home != folder and (Path(folder, f"{sibling}.py").exists() or Path(folder, sibling).is_dir()):
+            del _SIBLINGS[sibling]
+            for stale in [known for known in sys.modules if known.partition(".")[0] == sibling]:
+                del sys.modules[stale]
+    before = set(sys.modules)
+    name = f"longctx_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{str(path)!r} is not a Python file", "write path/to/file.py:Name")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look their module up by name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        raise UsageError(
+            f"{path.name} cannot be loaded: {in_words(error)}", "run it by itself with python to see more"
+        ) from error
+    for found in set(sys.modules) - before - {name}:
+        origin = getattr(sys.modules.get(found), "__file__", None)
+        if origin and Path(origin).is_relative_to(folder):
+            _SIBLINGS[found.partition(".")[0]] = folder
+    _FILES[str(path), digest] = module
+    return module
+
+
+def _import_package(place: str) -> ModuleType:
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(error.name + ".")):
+            raise UsageError(
+                f"there is no module {place!r} (nothing called {error.name!r} can be imported)",
+                "install its package or run from its folder; a file is written path/to/file.py:Name",
+            ) from error
+        raise UsageError(f"{place} cannot be loaded: {in_words(error)}") from error
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        raise UsageError(f"{place} cannot be loaded: {in_words(error)}") from error
+
+
+def _source_of(source: ModuleType) -> bytes:
+    path = getattr(source, "__file__", None)
+    return Path(path).read_bytes() if path and Path(path).is_file() else source.__name__.encode()
+
+
+def in_words(error: BaseException) -> str:
+    """`ValueError: the message`, or the type alone if it has none."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
