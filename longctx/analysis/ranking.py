@@ -65,7 +65,7 @@ def comparable(result: BenchmarkResult) -> tuple:
     config = result.config if isinstance(result.config, dict) else {}
     environment = result.environment if isinstance(result.environment, dict) else {}
     shape = (str(config.get(name)) for name in ("d_model", "n_heads", "num_kv_heads"))
-    device = str(environment.get("device_name") or config.get("device"))
+    device = str(environment.get("gpu") or environment.get("cpu") or config.get("device") or "")
     return (result.sequence_length, result.batch_size, result.mode, result.dtype, *shape, device)
 
 

@@ -140,7 +140,9 @@ def _varying(results: Iterable[BenchmarkResult]) -> list[str]:
     seen: dict[str, set[str]] = {}
     for result in results:
         for name, value in _traits(result).items():
-            seen.setdefault(name, set()).add(repr(value))
+            # A row that failed early does not know all of its traits, and differs in nothing for that.
+            if value is not None:
+                seen.setdefault(name, set()).add(repr(value))
     return [name for name, values in seen.items() if len(values) > 1]
 
 

@@ -39,14 +39,15 @@ def rankings(results: Iterable[BenchmarkResult]) -> list[Ranking]:
     groups: dict[tuple, list[BenchmarkResult]] = {}
     for result in results:
         groups.setdefault(comparable(result), []).append(result)
-    settings = {key[1:] for key in groups}
+    found = {key: rank(rows, key[0]) for key, rows in groups.items()}
+    settings = {key[1:] for key, rows in found.items() if rows}
     ranked = []
-    for key, rows in sorted(groups.items(), key=lambda item: item[0][0]):
-        batch, mode, dtype = key[1:4]
-        words = f"{mode}, {dtype or 'dtype not recorded'}, batch {batch}, {key[-1]}" if len(settings) > 1 else ""
-        found = rank(rows, key[0])
-        if found:
-            ranked.append(Ranking(length=key[0], setting=words, rows=found))
+    for key, rows in sorted(found.items(), key=lambda item: item[0][0]):
+        batch, mode, dtype, device = *key[1:4], key[-1]
+        words = filter(None, [mode, dtype or "dtype not recorded", f"batch {batch}", device])
+        setting = ", ".join(map(str, words)) if len(settings) > 1 else ""
+        if rows:
+            ranked.append(Ranking(length=key[0], setting=setting, rows=rows))
     return ranked
 
 

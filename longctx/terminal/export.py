@@ -114,7 +114,7 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
                 markdown_text(result.block_name),
                 f"{result.sequence_length:,}",
                 _figure(shown and result.time_s, 1e3),
-                _figure(_ratio_to_base(result, results)),
+                f"{found:.2f}" if (found := _ratio_to_base(result, results)) else "",
                 _figure(shown and result.throughput_tokens_per_sec),
                 _figure(shown and result.peak_memory_mb),
                 status,
