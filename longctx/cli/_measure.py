@@ -1,0 +1,121 @@
+"""What quick and sweep share: run with a view on stderr, end with an exit code, name the command that reproduces it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from longctx.cli.command import interrupt_exit_code
+from longctx.config import BenchmarkConfig
+from longctx.results import BenchmarkResult
+
+if TYPE_CHECKING:
+    from longctx.terminal.live import SweepView
+
+_FLAGS = {
+    "d_model": "--d-model",
+    "n_heads": "--n-heads",
+    "num_kv_heads": "--num-kv-heads",
+    "batch_size": "--batch-size",
+    "device": "--device",
+    "dtype": "--dtype",
+    "mode": "--mode",
+    "warmup_runs": "--warmup-runs",
+    "rounds": "--rounds",
+    "threads": "--threads",
+    "seed": "--seed",
+    "timeout": "--timeout",
+    "max_time": "--max-time",
+    "isolation": "--isolation",
+    "results_dir": "--results-dir",
+}
+_SWITCHES = {
+    "torch_benchmark": ("--torch-benchmark", "--no-torch-benchmark"),
+    "cudnn_benchmark": ("--cudnn-benchmark", "--no-cudnn-benchmark"),
+    "cudnn_deterministic": ("--cudnn-deterministic", None),
+    "profile_memory": (None, "--no-memory-profile"),
+    "gate": (None, "--no-gate"),
+    "cuda_graph": ("--cuda-graph", None),
+}
+
+
+def command_line(name: str, config: BenchmarkConfig, blocks: Sequence[str], *, defaults: BenchmarkConfig) -> str:
+    """`longctx NAME ...` that measures the same again. Where it saves is left out, but for the folder.
+
+    defaults: what the command does when nothing is said; only what differs from it is written.
+    """
+    words = ["longctx", name]
+    if blocks:
+        words += ["--blocks", *map(str, blocks)]
+    if config.sequence_lengths != defaults.sequence_lengths:
+        lengths = map(str, config.sequence_lengths)
+        words += ["--seq-len", *lengths] if name == "quick" else ["--sequence-lengths", *lengths]
+    for field, flag in _FLAGS.items():
+        value = getattr(config, field)
+        if value != getattr(defaults, field):
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    if name == "quick" and config.benchmark_runs != defaults.benchmark_runs:
+        words += ["--runs", str(config.benchmark_runs)]
+    elif name != "quick" and config.fixed_runs:
+        words += ["--benchmark-runs", str(config.benchmark_runs)]
+    for field, (on, off) in _SWITCHES.items():
+        value = getattr(config, field)
+        if value != getattr(defaults, field) and (switch := on if value else off):
+            words.append(switch)
+    return shlex.join(words)
+
+
+def measure(
+    blocks: Sequence[str],
+    config: BenchmarkConfig,
+    *,
+    command: str,
+    quiet: bool,
+) -> tuple[list[BenchmarkResult], SweepView]:
+    """Measure with a view on stderr; the results, and the view that knows the environment and the results file.
+
+    Interrupted, it says what is saved and how to go on, and ends the command in 128 + signal.
+    """
+    from longctx.engine.runner import run_sweep
+    from longctx.terminal.console import status_console
+    from longctx.terminal.live import sweep_view
+
+    # Drawing from another thread would take time from what is measured in this very process.
+    view = sweep_view(status_console(), quiet=quiet, animate=config.isolation == "worker")
+    try:
+        with view:
+            return run_sweep(blocks or None, config, on_event=view.update, command=command), view
+    except KeyboardInterrupt as error:
+        for line in _farewell(view, command):
+            view.console.print(line, soft_wrap=True, markup=False)
+        raise typer.Exit(interrupt_exit_code(error)) from None
+
+
+def _farewell(view: SweepView, command: str) -> list[str]:
+    """What an interrupted run leaves behind, and how to go on."""
+    from longctx.terminal.format import plain
+
+    rows = "1 row is" if view.rows == 1 else f"{view.rows} rows are"
+    if view.path and view.rows:
+        again = f"{command} --output-file {shlex.quote(view.path)} --resume"
+        return [f"interrupted; {rows} saved in {plain(view.path)}; go on with:", f"  {plain(again)}"]
+    return [f"interrupted; {rows} finished, nothing is saved" if view.rows else "interrupted; nothing was measured yet"]
+
+
+def exit_code(results: Sequence[BenchmarkResult], *, strict: bool, complete: bool = True) -> int:
+    """6 when a number is wrong or impossible, 3 when none is ok or, if `strict`, any is not; else 0."""
+    statuses = {result.status for result in results}
+    if statuses & {"wrong", "impossible"}:
+        return 6
+    if "ok" not in statuses or (strict and (statuses != {"ok"} or not complete)):
+        return 3
+    return 0
+
+
+def print_json(document: object) -> None:
+    """One JSON document on stdout; a number that JSON cannot carry would be a bug, and is one here."""
+    typer.echo(json.dumps(document, indent=2, allow_nan=False))

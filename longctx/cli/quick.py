@@ -1,0 +1,116 @@
+"""`longctx quick`: one length, all blocks, seconds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longctx.cli import options
+
+ORDER = 10
+
+
+def quick(
+    blocks: options.Blocks = None,
+    seq_len: options.SequenceLength = "2048",
+    batch_size: options.BatchSize = 1,
+    d_model: options.DModel = 512,
+    n_heads: options.NHeads = 8,
+    num_kv_heads: options.NumKvHeads = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    mode: options.Mode = "forward",
+    runs: Annotated[
+        int, typer.Option("--runs", metavar="N", help="Timed calls of each block.", rich_help_panel=options.RUNS)
+    ] = 5,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    timeout: options.Timeout = 600.0,
+    isolation: options.Isolation = "worker",
+    no_memory_profile: options.NoMemoryProfile = False,
+    output_file: Annotated[
+        str | None,
+        typer.Option(
+            "--output-file",
+            metavar="FILE",
+            help="Save the results too; under --results-dir unless it is a path with a folder.",
+            show_default="not saved",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    results_dir: options.ResultsDir = "./reports/benchmark",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    strict: options.Strict = False,
+) -> None:
+    """Measure all blocks at one length: a ranking in seconds.
+
+    \b
+    longctx quick
+    longctx quick --blocks BLADE DPASSM --seq-len 8K
+    longctx quick --blocks Dense my_block.py:MyBlock --dtype bf16
+
+    One round of a few calls, not saved unless --output-file is given. `longctx sweep` measures with more care.
+    """
+    from longctx.cli._measure import command_line, exit_code, measure, print_json
+    from longctx.config import BenchmarkConfig, parse_blocks
+
+    names = [str(request) for request in parse_blocks(blocks or [])]
+    common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5}
+    defaults = BenchmarkConfig(sequence_lengths=[2048], **common)
+    config = BenchmarkConfig(
+        **(common | {"benchmark_runs": runs, "save_results": output_file is not None}),
+        sequence_lengths=[seq_len],
+        batch_size=batch_size,
+        d_model=d_model,
+        n_heads=n_heads,
+        num_kv_heads=num_kv_heads,
+        device=device,
+        dtype=dtype,
+        mode=mode,
+        threads=threads,
+        seed=seed,
+        timeout=timeout,
+        isolation=isolation,
+        profile_memory=not no_memory_profile,
+        results_dir=results_dir,
+        output_file=output_file,
+        verbose=not quiet,
+        blocks=names,
+    )
+    command = command_line("quick", config, names, defaults=defaults)
+    results, view = measure(names, config, command=command, quiet=quiet)
+    if json:
+        print_json([result.to_json() for result in results])
+    else:
+        _show(results, view.environment, view.path, quiet=quiet, blocks=names)
+    raise typer.Exit(exit_code(results, strict=strict, complete=view.complete))
+
+
+def _show(results: list, environment: dict, path: str | None, *, quiet: bool, blocks: list[str]) -> None:
+    from rich.text import Text
+
+    from longctx.analysis.summary import headline
+    from longctx.terminal import format as fmt
+    from longctx.terminal.console import ascii_only, result_console
+    from longctx.terminal.tables import environment_line, notes, ranked_table
+
+    console = result_console()
+    plain = ascii_only(console)
+    length = results[0].sequence_length if results else 0
+    console.print(environment_line(environment, results[0].dtype if results else None))
+    console.print(Text(f"{length:,} tokens, fastest first; `vs` is time over that block's time", style="dim"))
+    console.print()
+    console.print(ranked_table(results, console.width, ascii_only=plain))
+    if len(said := notes(results, ascii_only=plain)):
+        console.print()
+        console.print(said)
+    if sentence := headline(results):
+        console.print()
+        console.print(Text(fmt.plain(sentence), style="bold"))
+    if path:
+        console.print(Text(f"results: {fmt.plain(path)}"), soft_wrap=True)
+    if not quiet:
+        words = f" --blocks {' '.join(blocks)}" if blocks else ""
+        console.print(Text(f"next: longctx sweep{words}   (how it scales with length)"), soft_wrap=True)

@@ -1,0 +1,234 @@
+"""`longctx sweep`: lengths x blocks, with care, saved, resumable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longctx.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longctx.results import BenchmarkResult
+
+ORDER = 20
+ALIASES = ("comprehensive",)
+
+
+def sweep(
+    blocks: options.Blocks = None,
+    sequence_lengths: options.SequenceLengths = None,
+    batch_size: options.BatchSize = 1,
+    d_model: options.DModel = 512,
+    n_heads: options.NHeads = 8,
+    num_kv_heads: options.NumKvHeads = None,
+    device: options.Device = "auto",
+    dtype: options.DType = "auto",
+    mode: options.Mode = "forward",
+    rounds: Annotated[
+        int,
+        typer.Option(
+            "--rounds",
+            metavar="N",
+            help="Fresh processes that measure every cell once each.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = 3,
+    warmup_runs: options.WarmupRuns = 3,
+    benchmark_runs: Annotated[
+        int | None,
+        typer.Option(
+            "--benchmark-runs",
+            metavar="N",
+            help="Timed calls of a cell in each round, exactly.",
+            show_default="at least 10, until the median is known to 1%, 3 s at most",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = None,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    timeout: options.Timeout = 600.0,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time",
+            metavar="SECONDS",
+            help="For the whole sweep; what is measured by then is kept.",
+            show_default="no limit",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = None,
+    isolation: options.Isolation = "worker",
+    torch_benchmark: Annotated[
+        bool,
+        typer.Option(
+            "--torch-benchmark/--no-torch-benchmark",
+            help="Let torch search for its fastest algorithms.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = True,
+    cudnn_benchmark: Annotated[
+        bool,
+        typer.Option(
+            "--cudnn-benchmark/--no-cudnn-benchmark",
+            help="Let cuDNN search for its fastest algorithms.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = True,
+    cudnn_deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--cudnn-deterministic", help="Only deterministic algorithms of cuDNN.", rich_help_panel=options.RUNS
+        ),
+    ] = False,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option("--cuda-graph", help="Time the replay of a captured CUDA graph.", rich_help_panel=options.RUNS),
+    ] = False,
+    no_memory_profile: options.NoMemoryProfile = False,
+    no_gate: Annotated[
+        bool,
+        typer.Option(
+            "--no-gate",
+            help="Do not check blocks against their references first.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = False,
+    lightning_mode: Annotated[
+        bool,
+        typer.Option("--lightning-mode", help="Measure through Lightning's trainer.", rich_help_panel=options.RUNS),
+    ] = False,
+    output_file: options.OutputFile = None,
+    results_dir: options.ResultsDir = "./reports/benchmark",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Measure only what the output file does not hold yet.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry", help="With --resume: try rows that crashed or timed out again.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an output file that exists.", rich_help_panel=options.OUTPUT),
+    ] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    strict: options.Strict = False,
+) -> None:
+    """Measure blocks over lengths: time, memory, scaling, saved as it goes.
+
+    \b
+    longctx sweep
+    longctx sweep --blocks BLADE DPASSM --sequence-lengths 1K 4K 16K 64K
+    longctx sweep --blocks BLADE BLADE:chunk_size=1024 my_block.py:MyBlock
+    longctx sweep --output-file run.json --resume
+
+    Every cell is measured in each of --rounds fresh processes, after a check against its reference. Exit codes: 0 ok,
+    3 no cell is ok, 6 a result is wrong or impossible, 130 interrupted, with all that was measured saved.
+    """
+    from longctx.cli._measure import command_line, exit_code, measure, print_json
+    from longctx.config import DEFAULT_RUNS, BenchmarkConfig, parse_blocks
+    from longctx.errors import MissingError
+
+    if lightning_mode:
+        raise MissingError(
+            "--lightning-mode is not there yet", "leave it out: blocks are then measured directly, without a trainer"
+        )
+    names = [str(request) for request in parse_blocks(blocks or [])]
+    defaults = BenchmarkConfig(fixed_runs=False)
+    lengths = options.words(sequence_lengths) if sequence_lengths is not None else defaults.sequence_lengths
+    config = BenchmarkConfig(
+        sequence_lengths=lengths,
+        batch_size=batch_size,
+        d_model=d_model,
+        n_heads=n_heads,
+        num_kv_heads=num_kv_heads,
+        device=device,
+        dtype=dtype,
+        mode=mode,
+        rounds=rounds,
+        warmup_runs=warmup_runs,
+        benchmark_runs=DEFAULT_RUNS if benchmark_runs is None else benchmark_runs,
+        fixed_runs=benchmark_runs is not None,
+        threads=threads,
+        seed=seed,
+        timeout=timeout,
+        max_time=max_time,
+        isolation=isolation,
+        torch_benchmark=torch_benchmark,
+        cudnn_benchmark=cudnn_benchmark,
+        cudnn_deterministic=cudnn_deterministic,
+        cuda_graph=cuda_graph,
+        profile_memory=not no_memory_profile,
+        gate=not no_gate,
+        output_file=output_file,
+        results_dir=results_dir,
+        resume=resume,
+        retry=retry,
+        force=force,
+        verbose=not quiet,
+        blocks=names,
+    )
+    command = command_line("sweep", config, names, defaults=defaults)
+    results, view = measure(names, config, command=command, quiet=quiet)
+    if json:
+        print_json([result.to_json() for result in results])
+    else:
+        from longctx.terminal.console import result_console
+
+        show(result_console(), results, view.environment)
+        _tail(result_console(), view, command)
+    raise typer.Exit(exit_code(results, strict=strict, complete=view.complete))
+
+
+def show(console: Console, results: list[BenchmarkResult], environment: dict[str, Any]) -> None:
+    """Environment, table, notes, scaling plot and ranking of a finished sweep."""
+    from rich.text import Text
+
+    from longctx.analysis.summary import headline
+    from longctx.terminal import format as fmt
+    from longctx.terminal.console import ascii_only
+    from longctx.terminal.tables import environment_line, notes, ranking_lines, results_table
+
+    plain = ascii_only(console)
+    console.print(environment_line(environment, results[0].dtype if results else None))
+    console.print()
+    console.print(results_table(results, console.width, ascii_only=plain))
+    if len(said := notes(results, ascii_only=plain)):
+        console.print()
+        console.print(said)
+    if len({result.sequence_length for result in results if result.ok}) > 1:
+        from longctx.terminal.plots import plot_size, scaling_plot
+
+        width, height = plot_size(console.width)
+        color = console.is_terminal and not console.no_color
+        console.print()
+        console.print(scaling_plot(results, metric="time", width=width, height=height, color=color, ascii_only=plain))
+    if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
+        console.print()
+        base = "time over Dense's, the median of same-round ratios"
+        console.print(Text(f"Fastest first, {base}:" if "x" in ranking.plain else "Fastest first:", style="bold"))
+        console.print(ranking)
+    if sentence := headline(results):
+        console.print()
+        console.print(Text(fmt.plain(sentence), style="bold"))
+
+
+def _tail(console: Console, view: Any, command: str) -> None:
+    from rich.text import Text
+
+    from longctx.terminal import format as fmt
+
+    console.print()
+    if not view.complete and view.finished.reason:
+        console.print(Text(f"not complete: {fmt.plain(view.finished.reason)}", style="yellow"), soft_wrap=True)
+    if view.path:
+        console.print(Text(f"results:   {fmt.plain(view.path)}"), soft_wrap=True)
+    console.print(Text(f"reproduce: {fmt.plain(command)}"), soft_wrap=True)
