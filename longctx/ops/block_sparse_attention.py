@@ -6,7 +6,6 @@ b block_size, n query blocks, L blocks in a list, r random blocks, W blocks in a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -203,7 +202,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: _Run, dro
     k, v = (x.unflatten(1, (lanes, -1)) for x in (k, v))
     mask: Tensor | None = None
     if run.kind == "partial":
-        mask = _mask(sparse, run).flatten(0, 1)
+        mask = _mask(sparse, run).flatten(0, 1)[None]  # the fused kernels take two or four dimensions
     elif not sparse.pattern.causal:
         # A ragged last block ends these lists: leaving its tail away takes no mask.
         seen = k.shape[2] - (sparse.n_blocks * sparse.pattern.block_size - sparse.length)
@@ -239,50 +238,65 @@ def _attend_direct(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: _R
     first, blocks, tokens = run.first // size, run.blocks, run.blocks * size
     counts = (pattern.num_global_blocks, pattern.num_random_blocks, pattern.num_window_blocks)
     shared, picks, near = (count * size for count in counts)
-    scores, product = (
-        q.new_empty(blocks, size, shared + picks + near),
-        q.new_empty(tokens * max(shared, picks, near)),
-    )
-    scaled, result = q.new_empty(blocks, size, width), q.new_empty(blocks, size, width)
+
+    # bmm writes in one go into whole tensors only, so a product goes through a buffer into its part of the scores.
+    scores = q.new_empty(blocks, size, shared + picks + near)
+    _, of_picks, of_near = scores.split([shared, picks, near], dim=-1)
+    flat_of_shared = scores.view(tokens, -1)[:, :shared]
+    product = q.new_empty(tokens * max(shared, picks, near))
+    to_shared = product[: tokens * shared].view(tokens, shared)
+    to_picks = product[: tokens * picks].view(blocks, size, picks)
+    to_near = product[: tokens * near].view(blocks, size, near)
     gathered = q.new_empty(blocks * pattern.num_random_blocks, size * width)
     chosen = gathered.view(blocks, picks, width)
-    later = torch.full((size, size), float("-inf"), dtype=q.dtype).triu(1)
-    flat_scores, flat_scaled, flat_result = (x.view(tokens, -1) for x in (scores, scaled, result))
-    to_shared, to_picks, to_near = (
-        product[: tokens * n].view(*shape, n)
-        for n, shape in ((shared, (tokens,)), (picks, (blocks, size)), (near, (blocks, size)))
-    )
-    start = run.first - sparse.start
-    for batch, head in itertools.product(range(q.shape[0]), range(q.shape[2])):
-        keys, values = (x[batch, head // (q.shape[2] // k.shape[1])] for x in (k, v))
-        index = sparse.plan[head, first : first + blocks].flatten()
-        torch.mul(q[batch, start : start + tokens, head], width**-0.5, out=flat_scaled)
+    chosen_t = chosen.transpose(1, 2)
+    diagonal = torch.full((size, near), float("-inf"), dtype=q.dtype).triu(near - size + 1)
+
+    # The views of all heads are cut here: cutting them one by one in the loop would cost as much as a product.
+    scaled, attended = (q.new_empty(q.shape[0] * q.shape[2], blocks, size, width) for _ in range(2))
+    torch.mul(_queries(q, sparse, run), width**-0.5, out=scaled.view(q.shape[0], -1, *scaled.shape[1:]))
+    indices = sparse.plan[:, first : first + blocks].flatten(1).unbind() * q.shape[0]
+    keys, values = (_HeadViews.cut(x, pattern, run, group=q.shape[2] // k.shape[1]) for x in (k, v))
+    for head, (query, result, index) in enumerate(zip(scaled.unbind(), attended.unbind(), indices, strict=True)):
         if shared:
-            torch.mm(flat_scaled, keys[:shared].t(), out=to_shared)
-            flat_scores[:, :shared] = to_shared
+            torch.mm(query.view(tokens, width), keys.shared[head].t(), out=to_shared)
+            flat_of_shared.copy_(to_shared)
         if picks:
-            torch.index_select(keys.view(-1, size * width), 0, index, out=gathered)
-            torch.bmm(scaled, chosen.transpose(1, 2), out=to_picks)
-            scores[:, :, shared:-near] = to_picks
-        torch.bmm(scaled, _windows(keys, pattern, first, blocks).transpose(1, 2), out=to_near)
-        scores[:, :, -near:] = to_near
-        scores[:, :, -size:] += later
+            torch.index_select(keys.rows[head], 0, index, out=gathered)
+            torch.bmm(query, chosen_t, out=to_picks)
+            of_picks.copy_(to_picks)
+        torch.bmm(query, keys.windows[head].transpose(1, 2), out=to_near)
+        torch.add(to_near, diagonal, out=of_near)
         torch.softmax(scores, dim=-1, out=scores)
-        torch.bmm(scores[:, :, -near:], _windows(values, pattern, first, blocks), out=result)
+        torch.bmm(of_near, values.windows[head], out=result)
         if picks:
-            torch.index_select(values.view(-1, size * width), 0, index, out=gathered)
-            result.baddbmm_(scores[:, :, shared:-near], chosen)
+            torch.index_select(values.rows[head], 0, index, out=gathered)
+            result.baddbmm_(of_picks, chosen)
         if shared:
-            flat_result.addmm_(flat_scores[:, :shared], values[:shared])
-        out[batch, start : start + tokens, head] = flat_result
+            result.view(tokens, width).addmm_(flat_of_shared, values.shared[head])
+    _queries(out, sparse, run).copy_(attended.unflatten(0, (q.shape[0], q.shape[2])))
 
 
-def _windows(x: Tensor, pattern: BlockPattern, first: int, blocks: int) -> Tensor:
-    """Windows of query blocks first, first + 1, ...: x `[S, K]` -> an overlapping view `[blocks, W * b, K]`."""
-    width, size = x.shape[1], pattern.block_size
-    shape = (blocks, pattern.num_window_blocks * size, width)
-    offset = x.storage_offset() + (first - pattern.num_window_blocks + 1) * size * width
-    return x.as_strided(shape, (size * width, width, 1), offset)
+@dataclass(frozen=True, kw_only=True)
+class _HeadViews:
+    """Keys or values of a run as the query heads read them, one view each, batch after batch.
+
+    shared: globals `[n * b, K]`. rows: a block a row, `[S / b, b * K]`. windows: overlapping, `[blocks, W * b, K]`.
+    """
+
+    shared: list[Tensor]
+    rows: list[Tensor]
+    windows: list[Tensor]
+
+    @classmethod
+    def cut(cls, x: Tensor, pattern: BlockPattern, run: _Run, *, group: int) -> _HeadViews:
+        x, size, width = x.flatten(0, 1), pattern.block_size, x.shape[3]
+        oldest = run.first - (pattern.num_window_blocks - 1) * size
+        shape = (x.shape[0], run.blocks, pattern.num_window_blocks * size, width)
+        windows = x.as_strided(shape, (x.stride(0), size * width, width, 1), x.storage_offset() + oldest * width)
+        views = (x[:, : pattern.num_global_blocks * size], x.view(x.shape[0], -1, size * width), windows)
+        shared, rows, windows = ([head for head in view.unbind() for _ in range(group)] for view in views)
+        return cls(shared=shared, rows=rows, windows=windows)
 
 
 # -- dropout must draw the same weights again in the backward pass -----------------------------------------
