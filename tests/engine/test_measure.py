@@ -92,6 +92,7 @@ class Learning(nn.Module):
 def brief_warmup(monkeypatch):
     monkeypatch.setattr(timing, "MIN_WARM_S", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(timing, "MAX_WARM_S", {"cpu": 0.02, "cuda": 0.02})
+    monkeypatch.setattr(timing, "MIN_SAMPLE_S", {"cpu": 1e-4, "cuda": 50e-6})
 
 
 @pytest.fixture
@@ -101,14 +102,14 @@ def place(tmp_path):
     return str(path)
 
 
-def measure(text: str, *, plan: Plan | None = None, events: list | None = None, cache=None, **values):
+def measure(text: str, *, plan: Plan | None = None, events: list | None = None, cache=None, threads=1, **values):
     cell = Cell(block=BlockRequest.parse(text), **{"length": 90, "d_model": 32, "n_heads": 4, **values})
     plan = plan or Plan(warmup_runs=1, runs=2, exact=True, memory=False)
     return measure_cell(
         cell,
         plan,
         device=CPU,
-        config=BenchmarkConfig(threads=2).to_json(),
+        config=BenchmarkConfig(threads=threads).to_json(),
         gate_cache={} if cache is None else cache,
         emit=(lambda event: None) if events is None else events.append,
     )
@@ -189,11 +190,11 @@ def test_a_mode_that_a_block_does_not_have_is_unsupported(place):
 def test_a_block_that_changes_global_state_harms_no_other_row(place):
     before = flag_state(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
     environment = dict(os.environ)
-    assert measure(f"{place}:Vandal")["status"] == "ok"
+    assert measure(f"{place}:Vandal", threads=2)["status"] == "ok"
     after = flag_state(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
     assert before == after
     assert dict(os.environ) == environment
-    assert measure(f"{place}:Curious")["status"] == "ok"
+    assert measure(f"{place}:Curious", threads=2)["status"] == "ok"
 
 
 def test_training_starts_each_call_without_gradients(place):
