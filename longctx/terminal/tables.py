@@ -335,3 +335,27 @@ def environment_line(environment: Mapping[str, Any], dtype: str | None = None) -
 def _ascii(text: Text) -> Text:
     text.plain = text.plain.encode("ascii", "replace").decode()
     return text
+
+
+def facts(values: Mapping[str, Any], width: int, *, indent: int = 2) -> Text:
+    """`name  value` lines, what is not known left out; long values go on below themselves."""
+    import textwrap
+
+    from rich.text import Text
+
+    words = {name: _words(value) for name, value in values.items() if value is not None}
+    label_width = max(map(len, words), default=0)
+    room = max(12, width - indent - label_width - 2)
+    text = Text(no_wrap=True, overflow="ignore")
+    for name, value in words.items():
+        for index, part in enumerate(textwrap.wrap(value, room) or [""]):
+            text.append(" " * indent).append(f"{name if index == 0 else '':<{label_width}}  ", style="dim")
+            text.append(f"{part}\n")
+    text.rstrip()
+    return text
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return fmt.plain(value)
