@@ -31,11 +31,13 @@ from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.blade_chain import (
     ChainWeights,
+    chain,
     chain_chunk,
     chunk_attention,
     chunk_attention_path,
     sum_dtype,
 )
+from longctx.ops.blade_graph import ChainGraphs, kernels_fit
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
@@ -108,6 +110,7 @@ class BLADEBlock(PreNormBlock):
         self.chunk_size, self.state_dim, self.num_global_tokens = chunk_size, state_dim, num_global_tokens
         self.state_inject = nn.Linear(state_dim, d_model, **factory)
         self.state_proj = nn.Linear(d_model, state_dim, **factory)
+        self._graphs = ChainGraphs()
         if num_global_tokens:
             tokens = torch.empty(num_global_tokens, d_model, **factory)
             self.global_tokens = nn.Parameter(nn.init.normal_(tokens, 0.0, 0.02))
@@ -144,8 +147,12 @@ class BLADEBlock(PreNormBlock):
     @property
     def path(self) -> str:
         weight = self.qkv_proj.weight
-        q = weight.new_empty(1, 1, self.n_heads, self.head_dim)
-        return f"{chunk_attention_path(q)} in chunks"
+        attention = chunk_attention_path(weight.device, weight.dtype, self.head_dim)
+        if not weight.is_cuda:
+            return f"{attention}, chunk by chunk"
+        kernels = "fused Triton chain" if kernels_fit(self._chain_weights()) else attention
+        chunks = max(1, GPU_CHAIN_TOKENS // self.chunk_size)
+        return f"{kernels}, CUDA graphs of up to {1 << (chunks.bit_length() - 1)} chunks"
 
     # -- with autograd, autocast or dropout ---------------------------------------------------------------------------
 
@@ -156,7 +163,7 @@ class BLADEBlock(PreNormBlock):
         projected = self.qkv_proj(self.attn_norm(x))
         # split, not slices: the gradient of a slice is as long as the whole sequence.
         pieces = list(zip(x.split(sizes, dim=1), projected.split(sizes, dim=1), strict=True))
-        global_kv = self._global_kv()
+        global_kv = self._chain_weights().global_kv()
         rows, wide = [], []
         for index, (x_piece, qkv) in enumerate(pieces):
             residual, kv = self._attend(x_piece, qkv, state, global_kv)
@@ -200,55 +207,67 @@ class BLADEBlock(PreNormBlock):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         weights = self._chain_weights()
         slabs = list(self._slabs(x, state.kv.shape[1]))
-        most = max(count * size for _, count, size in slabs) * x.shape[0]
-        width = self.d_model
-        qkv, residual, hidden = (x.new_empty(most, n) for n in (width + self._kv_width, width, 4 * width))
-        for start, count, size in slabs:
+        graphs = None
+        if x.is_cuda and not torch.compiler.is_compiling() and any(whole for *_, whole in slabs):
+            graphs = self._graphs.prepare(weights)
+        in_buffers = [count * size for _, count, size, whole in slabs if graphs is None or not whole]
+        rows, width = max(in_buffers, default=0) * x.shape[0], self.d_model
+        buffers = tuple(x.new_empty(rows, n) for n in (width, width + self._kv_width, 4 * width))
+        for start, count, size, whole in slabs:
             span = slice(start, start + count * size)
-            # Chunk-major, `[count, B, n, D]`: each chunk of the batch is then one matrix. A view for a batch of one.
-            x_slab = x[:, span].unflatten(1, (count, size)).transpose(0, 1).contiguous()
-            tokens = count * size * x.shape[0]
-            shape = (count, x.shape[0], size, -1)
-            normed = self.attn_norm(x_slab).view(tokens, width)
-            torch.mm(normed, self.qkv_proj.weight.t(), out=qkv[:tokens])
-            last = span.stop == x.shape[1] and not keep_state
-            state = self._chain(
-                weights,
-                x_slab,
-                qkv[:tokens].view(shape),
-                state,
-                residual=residual[:tokens].view(shape),
-                hidden=hidden[:tokens].view(count, -1, 4 * width),
-                drop_last_state=last,
-            )
-            down = torch.addmm(self.ffn_down.bias, hidden[:tokens], self.ffn_down.weight.t(), out=normed)
-            target = y[:, span].unflatten(1, (count, size)).transpose(0, 1)
-            torch.add(residual[:tokens].view(shape), down.view(shape), out=target)
-        return y, state
+            # Chunk-major, `[count, B, n, D]`: each chunk of the batch is then one matrix.
+            x_slab, y_slab = (t[:, span].unflatten(1, (count, size)).transpose(0, 1) for t in (x, y))
+            if whole and graphs is not None:
+                with graphs.slab(count, x.shape[0], size) as (slab, run):
+                    slab.residual.copy_(x_slab)
+                    slab.s.copy_(state.start)
+                    scratch = self._project(slab.residual, slab.qkv)
+                    run()
+                    self._contract(slab.residual, slab.hidden, scratch, out=y_slab)
+                    state = self._fresh(slab.s.clone())
+                continue
+            x_slab = x_slab.contiguous()
+            residual, qkv, hidden = (buffer[: x_slab.numel() // width] for buffer in buffers)
+            residual, qkv = (flat.view(*x_slab.shape[:-1], -1) for flat in (residual, qkv))
+            hidden = hidden.view(count, -1, 4 * width)
+            scratch = self._project(x_slab, qkv)
+            needed = keep_state or span.stop < x.shape[1]
+            if whole:
+                s = chain(weights, x_slab, qkv, state.start, residual=residual, hidden=hidden, want_state=needed)
+                state = self._fresh(s)
+            else:
+                state = self._part(weights, x_slab[0], qkv[0], state, residual[0], hidden[0], needed)
+            self._contract(residual, hidden, scratch, out=y_slab)
+        return y, state if keep_state else None
 
-    def _chain(
+    def _project(self, x: Tensor, qkv: Tensor) -> Tensor:
+        """What comes before the chain, for a slab: x `[count, B, n, D]` -> qkv. Returns a buffer of the shape of x."""
+        normed = self.attn_norm(x)
+        torch.mm(normed.view(-1, self.d_model), self.qkv_proj.weight.t(), out=qkv.view(-1, qkv.shape[-1]))
+        return normed
+
+    def _contract(self, residual: Tensor, hidden: Tensor, scratch: Tensor, *, out: Tensor) -> None:
+        """What comes after it: out = residual + ffn_down(hidden)."""
+        flat = scratch.view(-1, self.d_model)
+        torch.addmm(self.ffn_down.bias, hidden.flatten(0, 1), self.ffn_down.weight.t(), out=flat)
+        torch.add(residual, scratch, out=out)
+
+    def _part(
         self,
         weights: ChainWeights,
         x: Tensor,
         qkv: Tensor,
         state: BLADEState,
-        *,
         residual: Tensor,
         hidden: Tensor,
-        drop_last_state: bool,
+        needed: bool,
     ) -> BLADEState | None:
-        """The chunks of a slab in order: x `[count, B, n, D]`, its projection, the state -> the state after them."""
-        for index in range(x.shape[0]):
-            q, kv = qkv[index].split([self.d_model, self._kv_width], dim=-1)
-            tape = None
-            if state.kv.shape[1] + x.shape[2] < self.chunk_size or state.kv.shape[1]:
-                kv, tape = self._append(state, kv)
-            needed = not drop_last_state or index + 1 < x.shape[0]
-            mean = chain_chunk(
-                weights, x[index], q, kv, state.start, residual=residual[index], hidden=hidden[index], want_mean=needed
-            )
-            state = self._advance(state, mean, kv, x.shape[2], tape) if needed else None
-        return state
+        """Part of a chunk: x `[B, n, D]` and its projection -> the state after it, None if it is not needed."""
+        q, kv = qkv.split([self.d_model, self._kv_width], dim=-1)
+        kv, tape = self._append(state, kv)
+        parts = (weights, weights.global_kv(), x, q, kv, state.start)
+        mean = chain_chunk(*parts, residual=residual, hidden=hidden, want_mean=needed)
+        return None if mean is None else self._advance(state, mean, kv, x.shape[1], tape)
 
     def _append(self, state: BLADEState, new: Tensor) -> tuple[Tensor, _Tape]:
         """Keys and values of the chunk with those of `new` `[B, n, 2GK]` behind them, and the tape they are on."""
@@ -284,7 +303,7 @@ class BLADEBlock(PreNormBlock):
             up=both(self.ffn_up),
             down=both(self.ffn_down),
             state=both(self.state_proj),
-            global_kv=self._global_kv(),
+            global_tokens=self.global_tokens if self.num_global_tokens else None,
         )
 
     # -- both ---------------------------------------------------------------------------------------------------------
@@ -307,34 +326,29 @@ class BLADEBlock(PreNormBlock):
         total = torch.zeros(s.shape[0], self.d_model, device=s.device, dtype=s.dtype)
         return BLADEState(s=s, start=s, total=total, kv=weight.new_zeros(s.shape[0], 0, self._kv_width))
 
-    def _global_kv(self) -> Tensor | None:
-        """Keys and values of the global tokens `[m, 2GK]`, None if there are none."""
-        if not self.num_global_tokens:
-            return None
-        return F.linear(self.global_tokens, self.qkv_proj.weight[self.d_model :])
-
     def _sizes(self, length: int, filled: int) -> list[int]:
         """Tokens of each chunk, or part of one, in a call of `length` tokens after `filled` ones of a chunk."""
         head = min(self.chunk_size - filled, length) if filled else 0
         whole, tail = divmod(length - head, self.chunk_size)
         return [size for size in (head, *[self.chunk_size] * whole, tail) if size]
 
-    def _slabs(self, x: Tensor, filled: int) -> Iterator[tuple[int, int, int]]:
-        """(start, count, n): `count` whole chunks of n tokens, or one part of a chunk; none longer than a slab."""
+    def _slabs(self, x: Tensor, filled: int) -> Iterator[tuple[int, int, int, bool]]:
+        """(start, count, n, whole): whole chunks, `count` of n tokens, or one part of a chunk; none above a slab."""
         on_cpu = x.device.type == "cpu"
         slab = (_shell.CPU_SLAB_TOKENS if on_cpu else GPU_CHAIN_TOKENS) // x.shape[0]
-        part = slab if on_cpu else _shell.GPU_SLAB_TOKENS // x.shape[0]
-        part = max(part, LEAST_PART)
+        part = max(LEAST_PART, slab if on_cpu else _shell.GPU_SLAB_TOKENS // x.shape[0])
         start, length = 0, x.shape[1]
         while start < length:
             left = self.chunk_size - filled
             if filled or left > min(part, length - start):
                 size = min(left, part, length - start)
-                yield start, 1, size
+                yield start, 1, size, False
                 start, filled = start + size, (filled + size) % self.chunk_size
             else:
-                count = min(max(1, slab // self.chunk_size), (length - start) // self.chunk_size)
-                yield start, count, self.chunk_size
+                most = min(max(1, slab // self.chunk_size), (length - start) // self.chunk_size)
+                # Powers of two: few graphs then serve every length.
+                count = 1 << (most.bit_length() - 1)
+                yield start, count, self.chunk_size, True
                 start += count * self.chunk_size
 
     @property

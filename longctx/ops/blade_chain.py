@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.ops import _window_flash as flash
 from longctx.ops.window_attention import window_attention
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +31,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainWeights:
-    """The parameters that the chain reads. global_kv `[m, 2GK]`: keys and values of the global tokens, or None."""
+    """The parameters that the chain reads, matrices and their biases. global_tokens `[m, D]` or None."""
 
     n_heads: int
     num_kv_heads: int
@@ -43,7 +42,14 @@ class ChainWeights:
     up: tuple[Tensor, Tensor]
     down: tuple[Tensor, Tensor]
     state: tuple[Tensor, Tensor]
-    global_kv: Tensor | None
+    global_tokens: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        pairs = (self.inject, self.out, self.norm[:2], self.up, self.down, self.state)
+        rest = (self.qkv,) if self.global_tokens is None else (self.qkv, self.global_tokens)
+        return [*(tensor for pair in pairs for tensor in pair), *rest]
 
     def injection(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """s `[B, N]` -> what it adds to queries `[B, D]`, to keys and values `[B, 2GK]`, to attended `[B, D]`."""
@@ -57,19 +63,47 @@ class ChainWeights:
             dv = dv.unflatten(-1, (self.num_kv_heads, -1)).repeat_interleave(group, dim=1).flatten(1)
         return dq, dkv, dv
 
-    def keys(self, kv: Tensor, dkv: Tensor) -> tuple[Tensor, Tensor]:
-        """kv `[B, n, 2GK]` of the chunk -> keys, values `[B, m + n, G, K]`, globals first."""
-        if self.global_kv is not None:
-            kv = torch.cat([self.global_kv - dkv[:, None], kv], dim=1)
-        return kv.unflatten(-1, (2, self.num_kv_heads, -1)).unbind(2)
+    def global_kv(self) -> Tensor | None:
+        """Keys and values of the global tokens `[m, 2GK]`, None if there are none."""
+        if self.global_tokens is None:
+            return None
+        return F.linear(self.global_tokens, self.qkv[self.qkv.shape[1] :])
 
     def next_state(self, mean: Tensor) -> Tensor:
         """Mean of y over the chunk's tokens `[B, D]` -> s `[B, N]`."""
         return F.linear(mean.to(self.state[0].dtype), *self.state).to(mean.dtype)
 
 
+def chain(
+    weights: ChainWeights,
+    x: Tensor,
+    qkv: Tensor,
+    s: Tensor,
+    *,
+    residual: Tensor,
+    hidden: Tensor,
+    want_state: bool = True,
+) -> Tensor:
+    """Whole chunks, one after the other: x `[count, B, C, D]`, qkv `[count, B, C, D + 2GK]` (overwritten), s `[B, N]`
+    -> s after them, or any s if none is wanted.
+
+    Fills residual `[count, B, C, D]` (it may be x) and hidden `[count, B * C, 4D]` as `chain_chunk` does.
+    """
+    global_kv = weights.global_kv()
+    count, width = x.shape[0], x.shape[-1]
+    for index in range(count):
+        q, kv = qkv[index].split([width, qkv.shape[-1] - width], dim=-1)
+        parts = (weights, global_kv, x[index], q, kv, s)
+        want_mean = want_state or index + 1 < count
+        mean = chain_chunk(*parts, residual=residual[index], hidden=hidden[index], want_mean=want_mean)
+        if mean is not None:
+            s = weights.next_state(mean)
+    return s
+
+
 def chain_chunk(
     weights: ChainWeights,
+    global_kv: Tensor | None,
     x: Tensor,
     q: Tensor,
     kv: Tensor,
@@ -88,7 +122,9 @@ def chain_chunk(
     batch, tokens, width = x.shape
     dq, dkv, dv = weights.injection(s)
     q.add_(dq[:, None])
-    keys, values = weights.keys(kv, dkv)
+    if global_kv is not None:
+        kv = torch.cat([global_kv - dkv[:, None], kv], dim=1)
+    keys, values = kv.unflatten(-1, (2, weights.num_kv_heads, -1)).unbind(2)
     attended = chunk_attention(q.unflatten(-1, (weights.n_heads, -1)), keys, values)
     out_w, out_b = weights.out
     torch.add(x, F.linear(dv, out_w, out_b)[:, None], out=residual)
@@ -107,41 +143,27 @@ def chain_chunk(
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
     """Causal attention of the last n of S tokens: q `[B, n, H, K]`, k and v `[B, S, G, K]` -> `[B, n, H, K]`.
 
-    Query i sees the keys 0 to S - n + i. On a CPU rows are taken in blocks, so that masked halves cost little.
+    Query i sees the keys 0 to S - n + i.
     """
-    tokens, ahead = q.shape[1], k.shape[1] - q.shape[1]
-    # A few unseen keys ahead of the queries are cheaper as dummy queries than as a mask.
-    if not q.is_cuda or (tokens > 1 and ahead > tokens):
-        return window_attention(q, k, v, window=k.shape[1], dropout_p=dropout_p)
+    tokens, keys = q.shape[1], k.shape[1]
+    if not q.is_cuda:
+        return window_attention(q, k, v, window=keys, dropout_p=dropout_p)
+    fits = flash.fits(q.device, q.dtype, q.shape[-1])
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if not grad and not dropout_p and _flash_fits(q):
+    if fits and not grad and not dropout_p:
         # Its causal mask is aligned with the last key, which is what is meant here; that of SDPA is not.
-        return torch.ops.aten._flash_attention_forward(q, k, v, None, None, tokens, k.shape[1], 0.0, tokens > 1, False)[
-            0
-        ]
+        return torch.ops.aten._flash_attention_forward(q, k, v, None, None, tokens, keys, 0.0, tokens > 1, False)[0]
+    if tokens != keys:
+        return window_attention(q, k, v, window=keys, dropout_p=dropout_p)
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    if tokens > 1 and ahead:
-        q = F.pad(q, (0, 0, 0, 0, ahead, 0))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=tokens > 1)
-    return out.transpose(1, 2)[:, -tokens:]
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).transpose(1, 2)
 
 
-def chunk_attention_path(q: Tensor) -> str:
-    """Which attention runs without autograd for queries like `q` `[B, n, H, K]`, in words."""
-    if not q.is_cuda:
+def chunk_attention_path(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Which attention runs without autograd, in words."""
+    if device.type != "cuda":
         return "blocked matmul"
-    return "flash-attention-2" if _flash_fits(q) else "SDPA"
-
-
-def _flash_fits(q: Tensor) -> bool:
-    return (
-        q.dtype in _HALF
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-        and torch.version.cuda is not None
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
+    return "flash-attention-2" if flash.fits(device, dtype, head_dim) else "SDPA"
