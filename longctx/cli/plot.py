@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,6 +111,7 @@ def save_pictures(rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequen
     """The pictures in one file, its kind told by its ending. Raises ResultsError when it cannot be written."""
     from rich.console import Console
 
+    from longctx.results import write_atomically
     from longctx.terminal.console import status_console
     from longctx.terminal.plots import plot_size
 
@@ -131,9 +131,9 @@ def save_pictures(rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequen
     else:
         text = "\n".join(line.rstrip() for line in console.export_text().splitlines()).rstrip() + "\n"
     try:
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, text)
     except OSError as error:
-        raise ResultsError(f"cannot write {path}: {os.strerror(error.errno or 0)}", "choose another place") from error
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}", "choose another place") from error
     status_console().print(f"saved to {path}", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config import BenchmarkConfig
+from longctx.engine.process import MALLOC_ENVIRONMENT
 from longctx.errors import LongctxError
 
 PART_TIMEOUT_S = 300.0
@@ -45,9 +46,6 @@ class Hang(nn.Module):
     def forward(self, x):
         time.sleep(3600)
 """
-
-MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""As `memory.MALLOC_ENV`, which cannot be read here without loading torch."""
 
 Event = dict[str, Any]
 """`ready` (device, dtype), `part` (part), `check` (a selftest.Check as a dictionary)."""
@@ -87,7 +85,7 @@ class _Process:
         command += ["--device", device, "--dtype", dtype, "--pipe", str(writer), *parts]
         environment = dict(os.environ)
         if list(parts) == ["memory"]:
-            environment |= MEMORY_ENVIRONMENT
+            environment |= MALLOC_ENVIRONMENT
         try:
             self.child = subprocess.Popen(
                 command,

@@ -126,10 +126,6 @@ def test_a_memory_reading_three_mebibytes_off_is_found(monkeypatch):
     assert not first.passed and first.figure == pytest.approx(3.0)
 
 
-def test_the_allocator_settings_are_those_of_the_memory_reading():
-    assert run_selftest.MEMORY_ENVIRONMENT == memory.MALLOC_ENV
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="peak CPU memory is read from /proc")
 def test_memory_and_a_dying_block_each_in_their_own_process(block_file):
     parts = [f"block:{block_file}:Dies", "memory", "block:Identity"]

@@ -1,0 +1,192 @@
+"""`plot` and `report` from files: the newest sweep, several files, files that hold anything, and no torch."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from longctx.cli.main import build
+from longctx.results import BenchmarkResult
+
+LENGTHS = (1024, 2048, 4096)
+HOSTILE = "\x1b[31m[red]x[/red]|`<b>"
+
+
+def rows(scale=1.0, *, name="BLADE"):
+    found = [
+        BenchmarkResult(
+            block_name=block,
+            sequence_length=length,
+            forward_time_mean=scale * seconds,
+            forward_time_median=scale * seconds,
+            throughput_tokens_per_sec=length / seconds,
+            peak_memory_mb=length / 64,
+            allocated_memory_mb=length / 32,
+            memory_efficiency_mb_per_token=1 / 32,
+            peak_bytes_per_token=16384.0,
+            samples=[[scale * seconds] * 6],
+            dtype="fp32",
+        )
+        for length in LENGTHS
+        for block, seconds in ((name, length * 1e-5), ("Dense", length**2 * 1e-8))
+    ]
+    error = {"type": "OutOfMemoryError", "message": "needs 9 GiB", "log_tail": ""}
+    return [*found, BenchmarkResult(block_name="Dense", sequence_length=8192, status="oom", error=error)]
+
+
+def write(path, results):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([result.to_json() for result in results]))
+    return str(path)
+
+
+@pytest.fixture
+def longctx(capfd, monkeypatch):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*words, columns=100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as end:
+            build()(list(map(str, words)), prog_name="longctx")
+        out, err = capfd.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return write(tmp_path / "run.json", rows())
+
+
+def test_all_five_pictures_of_a_file(longctx, saved):
+    code, out, err = longctx("plot", saved)
+    assert (code, err) == (0, "")
+    titles = re.findall(r"^(\w[\w ]+) \([\w/]+\) over tokens", out, re.MULTILINE)
+    assert titles == ["Forward time", "Throughput", "Peak memory", "Peak memory per token", "Scaling of time"]
+    assert out.count("OOM at 8K: Dense") == 5
+    assert "1K" in out and "4K" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50])
+def test_pictures_fit_the_terminal(longctx, saved, columns):
+    _, out, _ = longctx("plot", saved, columns=columns)
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_metrics_are_words_of_one_list(longctx, saved):
+    code, out, _ = longctx("plot", saved, "--metric", "memory", "time")
+    assert code == 0 and out.index("Peak memory") < out.index("Forward time") and "Throughput" not in out
+    code, _, err = longctx("plot", saved, "--metric", "tme")
+    assert code == 2 and "Did you mean 'time'?" in err
+
+
+def test_several_files_are_laid_over_each_other(longctx, tmp_path, saved):
+    other = write(tmp_path / "later" / "run.json", rows(2.0))
+    code, out, _ = longctx("plot", saved, other, "--metric", "time")
+    assert code == 0 and "BLADE (later/run)" in out and f"BLADE ({tmp_path.name}/run)" in out
+
+
+def test_the_newest_sweep_is_the_default(longctx, tmp_path):
+    for command in ("plot", "report"):
+        code, out, err = longctx(command, "--results-dir", tmp_path / "none")
+        assert (code, out) == (2, "") and "longctx sweep" in err
+    write(tmp_path / "results" / "a.json", rows())
+    code, out, _ = longctx("plot", "--results-dir", tmp_path / "results", "--metric", "scaling")
+    assert code == 0 and "local slope" in out
+
+
+@pytest.mark.parametrize("ending", ["txt", "html", "svg"])
+def test_pictures_are_saved(longctx, tmp_path, saved, ending):
+    target = tmp_path / f"out.{ending}"
+    code, out, err = longctx("plot", saved, "--save", target)
+    assert (code, out) == (0, "") and str(target) in err
+    text = target.read_text(encoding="utf-8")
+    assert "Forward" in text and "BLADE" in text
+    assert not re.search(r"url\((?!#)|https?://(?!www\.w3\.org|www\.textualize\.io)", text)
+    code, _, err = longctx("plot", saved, "--save", target)
+    assert code == 2 and "exists" in err
+    assert longctx("plot", saved, "--save", target, "--force")[0] == 0
+
+
+def test_a_place_that_cannot_be_written_is_said(longctx, tmp_path, saved):
+    assert longctx("plot", saved, "--save", tmp_path / "x.png")[0] == 2
+    (tmp_path / "file").write_text("")
+    code, _, err = longctx("plot", saved, "--save", tmp_path / "file" / "x.svg")
+    assert code == 2 and "cannot write" in err
+
+
+def test_report_shows_tables_slopes_and_failures(longctx, saved):
+    code, out, err = longctx("report", saved)
+    assert (code, err) == (0, "")
+    for words in ("BLADE", "Dense", "OOM", "needs 9 GiB", "local slope", "0.24x"):
+        assert words in out, words
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50])
+def test_report_fits_the_terminal(longctx, saved, columns):
+    _, out, _ = longctx("report", saved, columns=columns)
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_report_as_documents(longctx, saved, tmp_path):
+    code, out, _ = longctx("report", saved, "--json")
+    (run,) = json.loads(out)["runs"]
+    assert code == 0 and len(run["results"]) == 7 and run["run"] == "run"
+    assert run["ratios_to_dense"][4]["ratio"] == pytest.approx(0.24414, rel=1e-3)
+    code, out, _ = longctx("report", saved, "--csv")
+    assert code == 0 and len(list(csv.DictReader(io.StringIO(out)))) == 7
+    code, out, _ = longctx("report", saved, write(tmp_path / "b.json", rows()), "--markdown")
+    assert code == 0 and out.count("| block | tokens |") == 2 and "### run" in out
+    assert longctx("report", saved, "--json", "--csv")[0] == 2
+
+
+def test_names_of_strangers_stay_text(longctx, tmp_path):
+    path = write(tmp_path / "x.json", rows(name=HOSTILE))
+    for words in (["plot", path], ["report", path], ["report", path, "--csv"], ["report", path, "--markdown"]):
+        code, out, _ = longctx(*words)
+        assert code == 0 and "\x1b" not in out and "red" in out
+
+
+def test_records_of_the_published_fields_alone(longctx, tmp_path):
+    published = ("block_name", "sequence_length", "batch_size", "forward_time_mean", "memory_efficiency_mb_per_token")
+    records = [{name: result.to_json()[name] for name in published} for result in rows()[:-1]]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(records))
+    code, out, _ = longctx("plot", path)
+    assert code == 0 and "Allocated memory per token" in out
+    assert longctx("report", path)[0] == 0
+
+
+def test_a_run_without_one_ok_row(longctx, tmp_path):
+    path = write(tmp_path / "x.json", [rows()[-1]])
+    for words in (["plot", path], ["report", path]):
+        code, out, _ = longctx(*words)
+        assert code == 0 and "OOM" in out
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1}', "[1, 2]", "[]"])
+def test_unusable_files_are_named(longctx, tmp_path, text):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    for command in ("plot", "report"):
+        code, out, err = longctx(command, path)
+        assert (code, out) == (2, "") and "bad.json" in err
+    assert path.read_text() == text
+
+
+def test_no_torch_is_loaded(saved):
+    code = (
+        "import sys; from longctx.cli.main import build\n"
+        f"for command in ('plot', 'report'):\n"
+        f"    try: build()([command, {saved!r}])\n"
+        "    except SystemExit as end: assert end.code == 0, end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
