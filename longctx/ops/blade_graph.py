@@ -8,6 +8,7 @@ Letters: B batch, C tokens of a chunk, D d_model, N state_dim, E = D + 2GK.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -26,7 +27,7 @@ try:
 except ImportError:  # a torch without Triton: the chain is then made of torch's own kernels
     kernels = None
 
-MOST_GRAPHS = 8
+MOST_GRAPHS = 16
 """Graphs of a block that are kept. Chunks are taken by 16, 8, 4, 2 and 1, so that one batch size needs up to six."""
 
 
@@ -62,7 +63,7 @@ class ChainGraphs:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
-        self._composed: dict[tuple, Any] = {}
+        self._composed: OrderedDict[tuple, Any] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[ChainGraphs], tuple[()]]:
         return ChainGraphs, ()
@@ -86,6 +87,8 @@ class ChainGraphs:
                 else:
                     self._drop_stale(key)
                     if key not in self._composed:
+                        while len(self._composed) >= MOST_GRAPHS:
+                            self._composed.popitem(last=False)
                         with torch.inference_mode(False), torch.no_grad():
                             self._composed[key] = kernels.Composed(weights)
                     composed = self._composed[key]
@@ -171,9 +174,15 @@ def _capture(body: Callable[[], None], device: torch.device) -> Callable[[], Non
         body()
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may allocate meanwhile.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
             body()
     return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all: cuBLAS keeps a workspace of tens of MiB for every stream that it has seen.
+    return torch.cuda.Stream(device)
 
 
 def _fp32_products() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from longctx.blocks import _shell, blade
 from longctx.blocks.blade import SPEC, reference
 from longctx.config import BlockRequest, Cell
 from longctx.errors import LongctxError, UsageError
+from longctx.ops import blade_graph
 
 GOLDEN = sorted(Path(__file__).parent.glob("golden/blade_*.npz"))
 LENGTHS = (1, 2, 7, 8, 9, 16, 29)
@@ -293,6 +295,85 @@ def test_states_that_do_not_fit():
         block.init_state(0)
     with pytest.raises(UsageError, match="batch of 3"):
         block(torch.zeros(2, 4, 16).double(), block.init_state(3))
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------
+
+
+def on_gpu(dtype=torch.bfloat16, **options):
+    block = make(**{"d_model": 64, "chunk_size": 32, "state_dim": 16, **options})
+    return block.to(device="cuda", dtype=dtype).eval()
+
+
+def exact(block, x):
+    with torch.no_grad():
+        return reference(copy.deepcopy(block).double(), x.double())
+
+
+def gpu_tokens(batch, length, dtype=torch.bfloat16):
+    return torch.randn(batch, length, 64, device="cuda", dtype=dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"num_global_tokens": 3}, {"chunk_size": 50}])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 2e-3)])
+def test_graphs_agree_with_the_reference(options, dtype, tolerance):
+    block = on_gpu(dtype, **options)
+    for batch, length in ((1, 1), (1, 31), (2, 32), (1, 33), (3, 1000)):
+        x = gpu_tokens(batch, length, dtype)
+        want, want_s = exact(block, x)
+        with torch.inference_mode():
+            y, state = block(x)
+            again, _ = block(x, keep_state=False)
+        assert relative(y, want) < tolerance and relative(state.s, want_s) < tolerance
+        assert torch.equal(y, again)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_graphs_follow_the_weights():
+    block, x = on_gpu(), gpu_tokens(1, 500)
+    block(x)
+    for parameter in block.parameters():
+        parameter.data.mul_(1.2)
+    assert relative(block(x)[0], exact(block, x)[0]) < 2e-2
+    block.ffn_up.weight = torch.nn.Parameter(block.ffn_up.weight * 0.5)
+    assert relative(block(x)[0], exact(block, x)[0]) < 2e-2
+    twin = copy.deepcopy(block)
+    assert len(block._graphs) > 0 and len(twin._graphs) == 0
+    assert torch.equal(twin(x)[0], block(x)[0])
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_graphs_are_bounded_and_go_with_the_block():
+    block = on_gpu()
+    for batch in range(1, 9):
+        block(gpu_tokens(batch, 31 * 32))
+    assert 0 < len(block._graphs) <= blade_graph.MOST_GRAPHS
+    del block
+    gc.collect()
+    assert not blade_graph._slabs
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_inside_a_graph_of_the_caller_and_on_another_stream():
+    block, x = on_gpu(), gpu_tokens(1, 500)
+    want, _ = block(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        there, _ = block(x)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(there, want)
+    graph, given = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    block(given)
+    with torch.cuda.graph(graph):
+        out, _ = block(given, keep_state=False)
+    given.copy_(x)
+    graph.replay()
+    assert relative(out, want) < 1e-2
 
 
 # -- cost ----------------------------------------------------------------------------------------------------
