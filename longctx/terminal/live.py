@@ -197,7 +197,7 @@ class LiveView(SweepView):
                     self.sample_count = event.count
                 case CellFinished():
                     self.running = None
-                    self.message = ""
+                    self.message = finished_line(event.cell, event.result)
                 case Notice() if event.level == "info":
                     self.message = fmt.plain(event.text)
         # A sample may come every few microseconds: those are left to the next regular drawing.
@@ -228,6 +228,8 @@ class LiveView(SweepView):
         tail += f", about {fmt.clock(left)} left" if left is not None else ""
         count = f"  {self.step}/{self.steps}" if self.steps else ""
         round_ = f"  round {self.round + 1}/{self.rounds}" if self.rounds > 1 else ""
+        if width < 60:
+            round_ = ""
         bar = max(0, min(30, width - len(words + tail + count + round_)))
         full = round(bar * share)
         text = Text(no_wrap=True, overflow="ellipsis")

@@ -1,0 +1,117 @@
+"""What sweep and quick ask of the engine, what they print, and the code they end in. The engine is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+
+def test_published_defaults_reach_the_engine(call, fake) -> None:
+    assert call("sweep").exit_code == 0
+    blocks, config, command = fake.calls[0]
+    assert blocks is None
+    assert config.sequence_lengths == [1024, 2048, 4096, 8192]
+    assert (config.d_model, config.n_heads, config.batch_size, config.warmup_runs) == (512, 8, 1, 3)
+    assert (config.rounds, config.exact_runs, config.save_results) == (3, False, True)
+    assert command == "longctx sweep"
+
+
+def test_options_reach_the_engine_and_the_command_reproduces_them(call, fake) -> None:
+    words = "sweep --blocks BLADE,DPASSM BLADE:chunk_size=64 --sequence-lengths 1K,2K 4096 --dtype fp32"
+    words += " --num-kv-heads 2 --benchmark-runs 10 --rounds 2 --timeout 9.5 --no-memory-profile --no-cudnn-benchmark"
+    words += " --cudnn-deterministic --threads 2 --seed 7 --mode train --max-time 60"
+    assert call(*words.split()).exit_code == 0
+    blocks, config, command = fake.calls[0]
+    assert blocks == ["BLADE", "DPASSM", "BLADE:chunk_size=64"]
+    assert config.sequence_lengths == [1024, 2048, 4096]
+    assert config.exact_runs
+    assert not config.profile_memory
+    assert call(*shlex.split(command)[1:]).exit_code == 0
+    again = fake.calls[1]
+    assert again == fake.calls[0]
+
+
+def test_comprehensive_is_sweep(call, fake) -> None:
+    assert call("comprehensive", "--sequence-lengths", "1K").exit_code == 0
+    assert fake.calls[0][1].sequence_lengths == [1024]
+
+
+def test_a_sweep_prints_table_plot_ranking_path_and_command(call, fake) -> None:
+    result = call("sweep", "--sequence-lengths", "1K", "2K")
+    out = result.stdout
+    assert "A processor" in out
+    assert "vs Dense" in out
+    assert "Forward time" in out
+    assert "1K  Identity 0.25x, BLADE 0.50x, Dense 1.00x" in out
+    assert "results:   reports/benchmark/run.json" in out
+    assert "reproduce: longctx sweep --sequence-lengths 1024 2048" in out
+    assert "[6/6] BLADE 2K  4.10 ms" in result.stderr
+    assert "\x1b" not in out + result.stderr
+
+
+def test_quiet_leaves_only_the_result(call, fake) -> None:
+    result = call("sweep", "--quiet", "--sequence-lengths", "1K")
+    assert "vs Dense" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["sweep", "quick"])
+def test_json_is_one_document_of_records(call, fake, command: str) -> None:
+    fake.status = lambda cell: "oom" if cell.block.name == "Dense" else "ok"
+    result = call(command, "--json")
+    records = json.loads(result.stdout)
+    assert {record["status"] for record in records} == {"ok", "oom"}
+    assert list(records[0])[:2] == ["block_name", "sequence_length"]
+    dense = next(record for record in records if record["block_name"] == "Dense")
+    assert dense["forward_time_mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "words", "code"),
+    [
+        ({}, [], 0),
+        ({"Dense": "oom"}, [], 0),
+        ({"Dense": "oom"}, ["--strict"], 3),
+        ({"Dense": "oom", "Identity": "crashed", "BLADE": "timeout"}, [], 3),
+        ({"BLADE": "wrong"}, [], 6),
+        ({"BLADE": "impossible"}, ["--strict"], 6),
+    ],
+)
+@pytest.mark.parametrize("command", ["sweep", "quick"])
+def test_exit_codes(call, fake, command: str, bad: dict[str, str], words: list[str], code: int) -> None:
+    fake.status = lambda cell: bad.get(cell.block.name, "ok")
+    result = call(command, *words)
+    assert result.exit_code == code
+    for name, status in bad.items():
+        assert f"{status}: {name} at" in result.stdout
+
+
+def test_quick_ranks_says_what_it_means_and_what_next(call, fake) -> None:
+    fake.path = None
+    result = call("quick", "--seq-len", "4K", "--runs", "7")
+    config = fake.calls[0][1]
+    assert (config.rounds, config.benchmark_runs, config.exact_runs, config.save_results) == (1, 7, True, False)
+    lines = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
+    assert lines.index("Identity") < lines.index("BLADE") < lines.index("Dense")
+    assert "vs Identity" in result.stdout
+    assert "At 4,096 tokens BLADE is the fastest mixing block, 2.00x faster than Dense." in result.stdout
+    assert "next: longctx sweep" in result.stdout
+
+
+def test_quick_saves_when_asked(call, fake) -> None:
+    result = call("quick", "--output-file", "here.json")
+    assert fake.calls[0][1].save_results
+    assert "results: reports/benchmark/run.json" in result.stdout
+
+
+@pytest.mark.parametrize("width", ["50", "80", "120"])
+@pytest.mark.parametrize("command", ["sweep", "quick"])
+def test_no_table_line_is_wider_than_the_screen(call, fake, command: str, width: str) -> None:
+    words = ["--blocks", "Dense", "BLADE:chunk_size=1024", "some_package.blocks:AVeryLongNameOfABlockOfMyOwn"]
+    result = call(command, *words, COLUMNS=width)
+    free = ("results:", "reproduce:", "next:")
+    too_wide = [x for x in result.stdout.splitlines() if len(x) > int(width) and not x.startswith(free)]
+    assert too_wide == []
+    assert "…" not in "".join(word for word in result.stdout.split() if word[0].isdigit())

@@ -1,0 +1,79 @@
+"""Consoles: escapes and animation only on a real terminal, whatever the environment says."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from longctx.terminal.console import PIPE_WIDTH, ascii_only, result_console, status_console
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch):
+    """Replace stdout and stderr; the kind and the encoding are given, the text comes back."""
+    for name in ("COLUMNS", "FORCE_COLOR", "CI", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def replace(kind=io.TextIOWrapper, encoding: str = "utf-8") -> io.BytesIO:
+        buffer = io.BytesIO()
+        wrapper = kind(buffer, encoding=encoding, write_through=True)
+        monkeypatch.setattr(sys, "stdout", wrapper)
+        monkeypatch.setattr(sys, "stderr", wrapper)
+        return buffer
+
+    return replace
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", None])
+def test_a_pipe_never_gets_an_escape(stream, monkeypatch: pytest.MonkeyPatch, variable: str | None) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    buffer = stream()
+    for console in (result_console(), status_console()):
+        console.print("[bold]text[/bold]", style="bold red")
+        assert not console.is_interactive
+        assert console.width == PIPE_WIDTH
+    assert buffer.getvalue() == b"[bold]text[/bold]\n" * 2
+
+
+def test_a_terminal_is_drawn_on_but_not_in_ci(stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = stream(Terminal)
+    assert status_console().is_interactive
+    monkeypatch.setenv("CI", "true")
+    console = status_console()
+    assert console.is_terminal
+    assert not console.is_interactive
+    console.print("text", style="bold")
+    assert b"\x1b[1m" in buffer.getvalue()
+
+
+def test_a_dumb_terminal_is_not_drawn_on(stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream(Terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    assert not status_console().is_interactive
+
+
+def test_columns_of_a_pipe_can_be_chosen(stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream()
+    monkeypatch.setenv("COLUMNS", "50")
+    assert result_console().width == 50
+    monkeypatch.setenv("COLUMNS", "zero")
+    assert result_console().width == PIPE_WIDTH
+
+
+def test_a_character_that_the_encoding_lacks_does_not_end_the_command(stream) -> None:
+    buffer = stream(encoding="ascii")
+    console = result_console()
+    assert ascii_only(console)
+    console.print("é\udc80")
+    assert buffer.getvalue() == b"\\xe9\\udc80\n"
+    stream(encoding="utf-8")
+    assert not ascii_only(result_console())
