@@ -102,7 +102,10 @@ class LongformerBlock(PreNormBlock):
     ) -> tuple[Tensor, LongformerState | None]:
         """As `PreNormBlock.forward`; the state given is left as it was, and can be continued again."""
         if isinstance(state, LongformerState):
-            state = replace(state, recent=state.recent.fork())
+            first = state.first
+            if first.is_inference() and not torch.is_inference_mode_enabled():
+                first = first.clone()  # autograd refuses to save what inference mode made
+            state = replace(state, recent=state.recent.fork(), first=first)
         y, state = super().forward(x, state, keep_state=keep_state)
         if state is not None and not torch.is_grad_enabled():
             state.recent = state.recent.trim()
