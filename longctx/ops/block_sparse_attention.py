@@ -21,6 +21,8 @@ from longctx.ops.block_plan import BlockPattern, visible_blocks
 # Bound on the gathered keys and values of one slab. On a CPU they should stay in the cache.
 CPU_SLAB_BYTES = 16 << 20
 GPU_SLAB_BYTES = 256 << 20
+# Heads times query blocks of one SDPA call: a CUDA grid has no more in this direction.
+MAX_LANES = 65535
 # Query blocks of one head that the direct CPU path takes at once: their scores (2 MiB at the defaults) stay
 # in the cache.
 CPU_RUN_BLOCKS = 16
@@ -131,7 +133,8 @@ def _runs(q: Tensor, sparse: BlockSparse, dropout: float, direct: bool = True) -
     direct = direct and q.dtype in (torch.float32, torch.float64)
     listed = pattern.num_global_blocks + pattern.num_random_blocks + pattern.num_window_blocks
     block_bytes = 2 * q.shape[0] * q.shape[2] * listed * size * q.shape[3] * q.element_size()
-    slab = max(1, (CPU_SLAB_BYTES if q.device.type == "cpu" else GPU_SLAB_BYTES) // block_bytes)
+    slab_bytes = CPU_SLAB_BYTES if q.device.type == "cpu" else GPU_SLAB_BYTES
+    slab = max(1, min(slab_bytes // block_bytes, MAX_LANES // q.shape[2]))
     edges = (sparse.complete.start, sparse.complete.stop, pattern.inner(sparse.n_blocks)[1])
     position, stop = sparse.start, sparse.start + q.shape[1]
     while position < stop:
@@ -243,8 +246,7 @@ def _attend_direct(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: _R
     scores = q.new_empty(blocks, size, shared + picks + near)
     _, of_picks, of_near = scores.split([shared, picks, near], dim=-1)
     flat_of_shared = scores.view(tokens, -1)[:, :shared]
-    product = q.new_empty(tokens * max(shared, picks, near))
-    to_shared = product[: tokens * shared].view(tokens, shared)
+    product = q.new_empty(tokens * max(picks, near))
     to_picks = product[: tokens * picks].view(blocks, size, picks)
     to_near = product[: tokens * near].view(blocks, size, near)
     gathered = q.new_empty(blocks * pattern.num_random_blocks, size * width)
@@ -259,8 +261,7 @@ def _attend_direct(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: _R
     keys, values = (_HeadViews.cut(x, pattern, run, group=q.shape[2] // k.shape[1]) for x in (k, v))
     for head, (query, result, index) in enumerate(zip(scaled.unbind(), attended.unbind(), indices, strict=True)):
         if shared:
-            torch.mm(query.view(tokens, width), keys.shared[head].t(), out=to_shared)
-            flat_of_shared.copy_(to_shared)
+            torch.mm(query.view(tokens, width), keys.shared[head].t(), out=flat_of_shared)
         if picks:
             torch.index_select(keys.rows[head], 0, index, out=gathered)
             torch.bmm(query, chosen_t, out=to_picks)
