@@ -11,7 +11,7 @@ from longctx.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
 COMMAND = "test"
 ORDER = 41
@@ -36,7 +36,7 @@ def verify(
     longctx test
     longctx test --device cuda --dtype bf16 --blocks BLADE DPASSM --verbose
     """
-    from longctx.terminal.console import result_console, status_console
+    from longctx.terminal.console import ascii_only, result_console, status_console
 
     progress = status_console()
     checks, setting = checks_of(requested(blocks), device=device, dtype=dtype, progress=progress)
@@ -48,7 +48,9 @@ def verify(
         print_json(jsonable({"passed": not failed, **setting, "checks": checks}))
     else:
         console = result_console()
-        console.print(table_of(checks, verbose=verbose))
+        console.print(table_of(checks, console.width, verbose=verbose, ascii_only=ascii_only(console)))
+        for line in failures_of(checks):
+            console.print(line, soft_wrap=True)
         where = f"on {setting['device']} in {setting['dtype']}"
         verdict = f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
         console.print(f"{verdict} {where}")
@@ -98,35 +100,41 @@ def title_of(part: str) -> str:
     return TITLES.get(part, part.removeprefix("block:"))
 
 
-def table_of(checks: Sequence[dict[str, Any]], *, verbose: bool) -> Table:
-    """name, result, figure, limit. Without `verbose` a part that passed whole is one line: its closest call."""
-    from rich.table import Table
-    from rich.text import Text
-
+def table_of(checks: Sequence[dict[str, Any]], width: int, *, verbose: bool, ascii_only: bool = False) -> Text:
+    """check, result, figure, limit. Without `verbose` a part that passed whole is one line: its closest call."""
     from longctx.terminal.format import plain
+    from longctx.terminal.tables import Column, layout
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("check", no_wrap=False)
-    table.add_column("result")
-    for name in ("figure", "limit"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if verbose:
-        table.add_column("note", overflow="fold")
     parts: dict[str, list[dict[str, Any]]] = {}
     for check in checks:
         parts.setdefault(check["part"], []).append(check)
-    for part, rows in parts.items():
-        whole = all(row["passed"] for row in rows) and len(rows) > 1 and not verbose
-        shown = [max(rows, key=_share)] if whole else rows
-        for row in shown:
-            words = [plain(title_of(part)), f"{len(rows)} checks" if whole else row["name"]]
-            result = Text("ok", style="green") if row["passed"] else Text("FAILED", style="bold red")
-            figure = f"{row['name']} {_figure(row)}" if whole and row["figure"] is not None else _figure(row)
-            cells = [Text(": ".join(words)), result, Text(figure), Text(_limit(row))]
-            table.add_row(*cells, *([Text(plain(row["note"]))] if verbose else []))
-            if not verbose and not row["passed"] and row["note"]:
-                table.add_row(Text(f"  {plain(row['note'])}"))
-    return table
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for part, found in parts.items():
+        title = plain(title_of(part))
+        if all(row["passed"] for row in found) and len(found) > 1 and not verbose:
+            rows.append((f"{title}: {len(found)} checks", max(found, key=_share)))
+        else:
+            rows += [(f"{title}: {row['name']}", row) for row in found]
+    results = ["ok" if row["passed"] else "FAILED" for _, row in rows]
+    columns = [
+        Column(header="check", cells=[name for name, _ in rows], right=False, flexible=True),
+        Column(header="result", cells=results, right=False),
+        Column(header="figure", cells=[_figure(row) for _, row in rows], keep=2),
+        Column(header="limit", cells=[_limit(row) for _, row in rows], keep=1),
+    ]
+    if verbose:
+        notes = [plain(row["note"]) if row["passed"] else "" for _, row in rows]
+        columns.append(Column(header="note", cells=notes, keep=0, right=False))
+    styles = {(i, "result"): "green" if word == "ok" else "bold red" for i, word in enumerate(results)}
+    return layout(columns, width, ascii_only=ascii_only, styles=styles)
+
+
+def failures_of(checks: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each failed check that has something to say beyond its figure."""
+    from longctx.terminal.format import plain
+
+    failed = [check for check in checks if not check["passed"] and check["note"]]
+    return [f"{plain(title_of(check['part']))}: {check['name']}: {plain(check['note'])}" for check in failed]
 
 
 def _share(row: dict[str, Any]) -> float:

@@ -1,0 +1,96 @@
+"""`longctx test` as a command: its table, its document, its exit code, and a runner that misses a fault."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from longctx.cli.main import build
+from longctx.engine import run_selftest, runner
+
+EMPTY = {"figure": None, "limit": None, "unit": "", "note": ""}
+
+
+def check(part, name, *, passed=True, **fields):
+    return {"event": "check", "part": part, "name": name, "passed": passed, **EMPTY, **fields}
+
+
+FINE = [
+    check("block:BLADE", "forward", figure=2e-7, limit=1e-5),
+    check("block:BLADE", "gradients", figure=9e-6, limit=1e-4),
+    check("timer", "delay of 50 ms", figure=0.3, limit=2.0, unit="%", note="read 50.15 ms of 50.00 ms"),
+]
+BAD = check("block:x.py:\x1b[31mMine", "forward", passed=False, figure=float("inf"), limit=1e-5, note="[red]torch")
+
+
+@pytest.fixture
+def verify(capfd, monkeypatch):
+    """Runs the command over given checks: (exit code, stdout, stderr, the parts that it asked for)."""
+
+    def run(*words, checks, columns=100):
+        asked = []
+
+        def run_checks(parts, *, device, dtype):
+            asked.extend(parts)
+            yield {"event": "ready", "device": "cpu", "dtype": "fp32"}
+            yield {"event": "part", "part": "timer"}
+            yield from checks
+
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(run_selftest, "run_checks", run_checks)
+        monkeypatch.setattr(run_selftest, "check_faults", lambda *, device: iter(()))
+        with pytest.raises(SystemExit) as end:
+            build()(["test", *words], prog_name="longctx")
+        out, err = capfd.readouterr()
+        return end.value.code, out, err, asked
+
+    return run
+
+
+def test_what_passed_is_one_line_a_part(verify):
+    code, out, err, asked = verify(checks=FINE)
+    assert code == 0 and "checking timer" in err
+    assert "BLADE: 2 checks" in out and "9.0e-06" in out and "all 3 checks passed on cpu in fp32" in out
+    assert {"block:Dense", "block:BigBird", "timer", "memory"} <= set(asked)
+    _, out, _, _ = verify("--verbose", checks=FINE)
+    assert "BLADE: forward" in out and "read 50.15 ms" in out
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50])
+def test_a_failure_is_named_and_ends_in_three(verify, columns):
+    code, out, _, _ = verify(checks=[*FINE, BAD], columns=columns)
+    assert code == 3 and "FAILED" in out and "1 of 4 checks failed" in out and "[red]torch" in out
+    assert "\x1b" not in out
+    table = out.split("x.py: [31mMine: forward: [red]")[0]
+    assert max(map(len, table.splitlines())) <= columns
+
+
+def test_the_document_is_strict_json(verify):
+    code, out, _, _ = verify("--json", checks=[*FINE, BAD])
+    document = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert code == 3 and document["passed"] is False and document["device"] == "cpu"
+    assert len(document["checks"]) == 4 and document["checks"][-1]["figure"] is None
+
+
+def test_blocks_are_known_before_anything_runs(verify):
+    code, out, err, asked = verify("--blocks", "BLAED", checks=FINE)
+    assert (code, out, asked) == (2, "", []) and "BLADE" in err
+    *_, asked = verify("--blocks", "blade:chunk_size=64", "mine.py:Mine", checks=FINE)
+    assert asked[:2] == ["block:blade:chunk_size=64", "block:mine.py:Mine"]
+
+
+def test_a_runner_that_takes_a_crash_for_a_result_is_found(monkeypatch):
+    def run_sweep(blocks, config):
+        return [SimpleNamespace(block_name=name, status="ok") for name in ("Crash", "Identity")]
+
+    monkeypatch.setattr(runner, "run_sweep", run_sweep)
+    checks = [event for event in run_selftest.check_faults(device="cpu") if event["event"] == "check"]
+    assert [c["passed"] for c in checks] == [False, False, True]
+    assert "expected crashed" in checks[0]["note"] and "no row" in checks[1]["note"]
+
+
+def test_a_crash_and_a_hang_are_caught(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setitem(run_selftest.FAULT_TIMEOUT_S, "cpu", 6.0)
+    checks = [event for event in run_selftest.check_faults(device="cpu") if event["event"] == "check"]
+    assert len(checks) == 3 and all(c["passed"] for c in checks), checks
