@@ -94,7 +94,9 @@ def headline(results: Sequence[BenchmarkResult]) -> str | None:
     sentence = f"At {last.length:,} tokens {best.result.block_name} is the fastest mixing block"
     if best.ratio and dense:
         value = best.ratio.value
-        if value < 0.98:
+        if best.ratio.rounds > 1 and best.ratio.low < 1 < best.ratio.high:
+            sentence += f", but {best.ratio.rounds} rounds do not tell it from {BASE}"
+        elif value < 0.98:
             sentence += f", {1 / value:.2f}x faster than {BASE}"
         elif value > 1.02:
             sentence = f"At {last.length:,} tokens {BASE} is faster than every other block; the next, "
