@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -60,7 +61,6 @@ class SweepView:
         self.round = 0
         self.results: dict[Cell, BenchmarkResult] = {}
         self.finished: SweepFinished | None = None
-        self.reused = 0
         self.estimate = Estimate()
         self.step, self.steps = 0, 0
 
@@ -73,7 +73,7 @@ class SweepView:
     @property
     def rows(self) -> int:
         """Rows that stand in the results so far."""
-        return self.reused + len(self.results)
+        return len(self.results)
 
     @property
     def complete(self) -> bool:
@@ -84,19 +84,21 @@ class SweepView:
         match event:
             case SweepStarted():
                 self.path, self.environment = event.path, event.environment
-                self.cells, self.rounds, self.reused = event.cells, event.rounds, len(event.reused)
-                self.estimate.start(event)
-                self.steps = len(event.cells) * event.rounds
+                self.cells, self.rounds = event.cells, event.rounds
+                places = {(cell.block.name, cell.length): cell for cell in event.cells}
+                reused = {places.get((row.block_name, row.sequence_length)): row for row in event.reused}
+                self.results = {cell: row for cell, row in reused.items() if cell is not None}
+                self.estimate.start(event, self.results)
+                self.steps = self.estimate.runs_left()
             case RoundStarted():
                 self.round = event.index
-                self.estimate.plan_round(event)
-                self.steps = self.step + len(event.cells) * (self.rounds - event.index)
             case CellStarted():
                 self.estimate.cell_started(event.cell)
             case CellFinished():
                 self.results[event.cell] = event.result
                 self.step += 1
                 self.estimate.cell_finished(event)
+                self.steps = self.step + self.estimate.runs_left()
             case Notice() if event.level != "info":
                 self.say(Text.assemble((f"{event.level}:", "yellow"), f" {fmt.plain(event.text)}"))
             case SweepFinished():
@@ -318,37 +320,37 @@ class Estimate:
         self.started = time.monotonic()
         self.weights: dict[Cell, float] = {}
         self.rounds = 1
-        self.round = 0
-        self.waiting: list[Cell] = []
-        self.alive: list[Cell] = []
+        self.left: dict[Cell, int] = {}
+        """Rounds that a cell has still to be measured in."""
         self.durations: dict[Cell, float] = {}
-        self.spent_s = 0.0
-        self._cell_started: float | None = None
+        self._running: tuple[Cell, float] | None = None
+        """The cell that is being measured, and since when."""
 
-    def start(self, event: SweepStarted) -> None:
+    def start(self, event: SweepStarted, reused: Mapping[Cell, BenchmarkResult]) -> None:
         self.started = time.monotonic()
         self.rounds = event.rounds
-        self.alive = self.waiting = list(event.cells)
         self.weights = {cell: max(0.0, event.weights.get(cell, 1.0)) for cell in event.cells}
+        self.left = {cell: self._rounds_left(reused.get(cell)) for cell in event.cells}
 
-    def plan_round(self, event: RoundStarted) -> None:
-        self.round = event.index
-        self.waiting = list(event.cells)
-        self.alive = list(event.cells)
+    def _rounds_left(self, result: BenchmarkResult | None) -> int:
+        if result is None:
+            return self.rounds
+        return max(0, self.rounds - len(result.samples)) if result.ok else 0
 
     def cell_started(self, cell: Cell) -> None:
-        self._cell_started = time.monotonic()
+        self._running = cell, time.monotonic()
 
     def cell_finished(self, event: CellFinished) -> None:
-        if self._cell_started is not None:
-            took = time.monotonic() - self._cell_started
-            self.spent_s += took
+        if self._running is not None and event.result.status != "skipped":
+            took = time.monotonic() - self._running[1]
             once = (event.result.gate_s or 0.0) + (event.result.first_call_s or 0.0) if event.round == 0 else 0.0
             self.durations[event.cell] = max(0.05 * took, took - once)
-            self._cell_started = None
-        self.waiting = [cell for cell in self.waiting if cell != event.cell]
-        if not event.result.ok:
-            self.alive = [cell for cell in self.alive if cell != event.cell]
+        self._running = None
+        self.left[event.cell] = self._rounds_left(event.result)
+
+    def runs_left(self) -> int:
+        """Measurements still to come."""
+        return sum(self.left.values())
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started
@@ -373,10 +375,12 @@ class Estimate:
         def one(cell: Cell) -> float:
             return self.durations.get(cell, line[0] + line[1] * self.weights.get(cell, 1.0))
 
-        now = sum(map(one, self.waiting))
-        later = sum(map(one, self.alive)) * max(0, self.rounds - self.round - 1)
-        begun = 0.0 if self._cell_started is None else time.monotonic() - self._cell_started
-        return max(0.0, now + later - begun)
+        left = sum(runs * one(cell) for cell, runs in self.left.items() if runs)
+        if self._running is not None:
+            # One that takes longer than predicted takes nothing off the others.
+            cell, since = self._running
+            left -= min(time.monotonic() - since, one(cell))
+        return max(0.0, left)
 
     def remaining_s(self) -> float | None:
         """Seconds still to go; None until two cells were measured, which is when it begins to mean something."""

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 GAP = 2
-NAME_WIDTH = 16
-"""Columns that a name keeps while others are still there to be left out."""
+NAME_WIDTH, NAME_WIDTH_NARROW = 20, 12
+"""What a name keeps while columns are still there to be left out; the second on screens under 60 columns."""
 LEAST_NAME_WIDTH = 8
 
 WARNING_ADVICE = {
@@ -63,7 +63,8 @@ def layout(
     styles: (row, header) -> Rich style of that cell. breaks: rows before which a blank line stands.
     """
     shown = list(columns)
-    while (room := _name_room(shown, width)) < _wanted(shown, NAME_WIDTH):
+    kept = NAME_WIDTH if width >= 60 else NAME_WIDTH_NARROW
+    while (room := _name_room(shown, width)) < _wanted(shown, kept):
         droppable = [column for column in shown if column.keep is not None]
         if not droppable:
             break
@@ -190,7 +191,7 @@ def _figure_columns(
         columns.append(Column(header=f"vs {name}", cells=cells, keep=6 if name == BASE else 1))
     columns.append(Column(header="error", cells=[fmt.error(gate_error(r)) for r in rows], keep=4))
     columns.append(Column(header="status", cells=[_status(r) for r in rows], keep=0, right=False))
-    return columns
+    return [column for column in columns if column.keep is None or set(column.cells) != {fmt.NONE}]
 
 
 def _styles(rows: Sequence[BenchmarkResult], columns: Sequence[Column]) -> dict[tuple[int, str], str]:

@@ -130,9 +130,7 @@ def test_reduced_matmul_precision_and_autocast_do_not_reach_the_scan(precision, 
     assert global_state() == before
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends, "fp32_precision"), reason="settings per backend came with torch 2.9"
-)
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="settings per backend came with torch 2.9")
 @pytest.mark.parametrize("chosen", ["tf32", "bf16"])
 def test_precision_set_for_one_backend_is_put_back(chosen):
     x, decay, initial = case(200, dtype=torch.float32)

@@ -1,0 +1,46 @@
+"""One sweep per device and per results file at a time: two on one device would measure each other."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from longctx.errors import LongctxError
+
+
+@contextlib.contextmanager
+def held(resource: str, words: str) -> Iterator[None]:
+    """Hold the lock on `resource` while the block runs. It is given up with the process, however that ends.
+
+    words: what it is, for the message. Raises LongctxError, naming the process that holds it, rather than wait.
+    """
+    path = _folder() / f"{hashlib.sha256(resource.encode()).hexdigest()[:16]}.lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise LongctxError(
+                f"another sweep is using {words} (process {holder})",
+                "two at once would measure each other: wait for it, or end it",
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _folder() -> Path:
+    """A folder of this user's own that all of their processes on this machine share."""
+    folder = Path(tempfile.gettempdir(), f"longctx-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise LongctxError(f"{folder} belongs to another user", "remove it, or set TMPDIR to a folder of your own")
+    return folder

@@ -1,0 +1,223 @@
+"""A worker process as the supervisor sees it: started, asked, listened to with a deadline, ended. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from longctx.engine.machine import affinity
+from longctx.errors import LongctxError
+
+LOG_TAIL_BYTES = 4096
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""glibc then gives freed pages back at once, so that the kernel's high-water mark means the call. It slows work."""
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class WorkerLost(Exception):
+    """The worker ended, or did not answer in time. status: crashed, oom or timeout."""
+
+    def __init__(self, status: str, kind: str, message: str, log_tail: str) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.log_tail = status, kind, message, log_tail
+
+
+class Refused(Exception):
+    """The worker cannot do a job for a reason that the user can mend."""
+
+    def __init__(self, event: Mapping[str, Any]) -> None:
+        super().__init__(event["message"])
+        self.message, self.hint, self.exit_code = event["message"], event["hint"], event["exit_code"]
+
+    def as_error(self) -> LongctxError:
+        return LongctxError(self.message, self.hint, self.exit_code)
+
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class Worker(Protocol):
+    """Whoever does the jobs: a process, or this one."""
+
+    def ask(self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+    def log_tail(self) -> str: ...
+
+
+class InProcess:
+    """`--isolation none`: the jobs of a worker in this very process. No timeout, and a crash is ours."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from longctx.engine.session import Session
+
+        self._events: list[dict[str, Any]] = []
+        self._on_event: OnEvent | None = None
+        self._session = Session(config, self._receive)
+
+    def ask(self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None) -> dict[str, Any]:
+        """Do one job and return its "done" event. Raises Refused."""
+        self._on_event = on_event
+        self._session.run(job)
+        event = self._events.pop()
+        if event["event"] == "refused":
+            raise Refused(event)
+        return event
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def log_tail(self) -> str:
+        return ""
+
+    def _receive(self, event: dict[str, Any]) -> None:
+        if event["event"] in ("done", "refused"):
+            self._events.append(event)
+        elif self._on_event is not None:
+            self._on_event(event)
+
+
+class WorkerProcess:
+    """One `python -m longctx.engine.worker`, in a session of its own so that Ctrl-C reaches only the supervisor."""
+
+    def __init__(self, config: Mapping[str, Any], *, threads: int, memory: bool = False) -> None:
+        """config: `BenchmarkConfig.to_json()`. memory: with the allocator settings of the memory worker."""
+        self._oom_kills = _oom_kills()
+        receive, send = os.pipe()
+        cores = affinity()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "longctx.engine.worker", str(send), str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(send,),
+                env=_environment(threads, memory=memory),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(receive)
+            raise
+        finally:
+            os.close(send)
+        self._events = receive
+        self._buffer = b""
+        self._log: deque[bytes] = deque(maxlen=16)
+        self._drain = threading.Thread(target=self._read_log, daemon=True)
+        self._drain.start()
+        self._write({"config": dict(config), "affinity": cores[:threads] if cores else None})
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None) -> dict[str, Any]:
+        """Do one job and return its "done" event; the events before it go to on_event.
+
+        Blocks, without polling, for at most `timeout` seconds. Raises Refused, or WorkerLost after ending the worker.
+        """
+        self._write(job)
+        deadline = time.monotonic() + timeout
+        for event in self._read_events(deadline, timeout):
+            if event["event"] == "done":
+                return event
+            if event["event"] == "refused":
+                raise Refused(event)
+            if on_event is not None:
+                on_event(event)
+        raise AssertionError("unreachable: the events end in done, refused or WorkerLost")
+
+    def close(self) -> None:
+        """End the worker and all it started, whatever it is doing."""
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._drain.join(timeout=2.0)
+        if self._events >= 0:
+            os.close(self._events)
+            self._events = -1
+
+    def log_tail(self) -> str:
+        """The end of what the worker and its block printed."""
+        return b"".join(self._log)[-LOG_TAIL_BYTES:].decode("utf-8", "replace")
+
+    def _write(self, message: Mapping[str, Any]) -> None:
+        # A worker that is gone is noticed when its answer is read.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _read_events(self, deadline: float, timeout: float) -> Iterator[dict[str, Any]]:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._events, selectors.EVENT_READ)
+            while True:
+                line, newline, rest = self._buffer.partition(b"\n")
+                if newline:
+                    self._buffer = rest
+                    yield json.loads(line)
+                    continue
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    self.close()
+                    raise WorkerLost("timeout", "Timeout", f"no result within {timeout:g} s", self.log_tail())
+                data = os.read(self._events, 1 << 16)
+                if not data:
+                    raise self._lost()
+                self._buffer += data
+
+    def _lost(self) -> WorkerLost:
+        code = self._ended()
+        self.close()
+        if code == -signal.SIGKILL:
+            # The worker makes itself the kernel's first victim, so this is what running out of memory looks like.
+            message = "killed by SIGKILL, as the kernel does when memory runs out"
+            status = "oom" if _oom_kills() > self._oom_kills else "crashed"
+            return WorkerLost(status, "SIGKILL", message if status == "oom" else "killed by SIGKILL", self.log_tail())
+        if code < 0:
+            name = signal.Signals(-code).name
+            return WorkerLost("crashed", name, f"the process ended by {name}", self.log_tail())
+        return WorkerLost("crashed", "Exit", f"the process ended with exit code {code}", self.log_tail())
+
+    def _ended(self) -> int:
+        """The exit status. A worker that closed its pipe and lives on has lost its use: it is ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=5.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
+
+    def _read_log(self) -> None:
+        """Keep the end of the output and throw the rest away: a block may print without end."""
+        stream = self._process.stdout
+        with contextlib.suppress(OSError, ValueError):
+            while data := os.read(stream.fileno(), LOG_TAIL_BYTES):
+                self._log.append(data)
+
+
+def _environment(threads: int, *, memory: bool) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_ENVIRONMENT}
+    environment |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    return environment | MALLOC_ENVIRONMENT if memory else environment
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory, on this host or in this container."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as file:
+        for line in file:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

@@ -1,0 +1,85 @@
+"""A row made of what the workers found: rounds put together, and the figures derived from them. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from longctx.analysis.statistics import is_unstable, median, median_ci95, round_median
+from longctx.config import Cell
+from longctx.results import BenchmarkResult
+
+_NAMES = {field.name for field in dataclasses.fields(BenchmarkResult)}
+
+
+def new_row(cell: Cell, **values: Any) -> BenchmarkResult:
+    """The row of `cell` before anything is known of it but `values`."""
+    return BenchmarkResult(
+        block_name=cell.block.name,
+        block_target=cell.block.target,
+        sequence_length=cell.length,
+        batch_size=cell.batch_size,
+        mode=cell.mode,
+        dtype=cell.dtype,
+        **values,
+    )
+
+
+def add_round(row: BenchmarkResult, cell: Cell, found: Mapping[str, Any]) -> None:
+    """Put the timing of one more round into `row`. found: what `measure.measure_cell` returned, plain data.
+
+    What only the first round knows (gate, first call, cost) stays as it was. A fault in a later round is the row's
+    fault too, its earlier samples kept.
+    """
+    row.status, row.error = found["status"], found["error"]
+    row.warnings = sorted({*row.warnings, *found["warnings"]})
+    if found["samples_round"]:
+        row.samples.append(found["samples_round"])
+    hosts = [row.host_time_median, found["host_time_median"]]
+    row.host_time_median = median(value for value in hosts if value is not None)
+    for name, value in found.items():
+        if name in _NAMES and value is not None and getattr(row, name) is None:
+            setattr(row, name, value)
+    if found.get("block_options"):
+        row.block_options = dict(found["block_options"])
+    _derive(row, cell)
+
+
+def add_memory(row: BenchmarkResult, found: Mapping[str, Any]) -> None:
+    """Put the reading of the memory worker into `row`."""
+    for name in ("peak_memory_mb", "allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token"):
+        setattr(row, name, found[name])
+    if row.allocated_memory_mb is not None:
+        row.memory_efficiency_mb_per_token = row.allocated_memory_mb / (row.batch_size * row.sequence_length)
+
+
+def fault(status: str, kind: str, message: str, log_tail: str | None = None) -> dict[str, Any]:
+    """What a worker that cannot speak any more would have found, for `add_round`."""
+    error = {"type": kind, "message": message, "log_tail": log_tail}
+    return {
+        "status": status,
+        "error": error,
+        "warnings": [],
+        "samples_round": [],
+        "host_time_median": None,
+    }
+
+
+def _derive(row: BenchmarkResult, cell: Cell) -> None:
+    """The figures that follow from all samples of all rounds."""
+    samples = [value for values in row.samples for value in values]
+    if samples:
+        row.forward_time_mean = statistics.fmean(samples)
+        row.forward_time_std = statistics.stdev(samples) if len(samples) > 1 else None
+        row.forward_time_min, row.forward_time_max = min(samples), max(samples)
+        row.forward_time_median = round_median(row.samples)
+        row.forward_time_ci95 = median_ci95(samples)
+        row.throughput_tokens_per_sec = cell.tokens / row.forward_time_mean
+        if row.flops:
+            row.tflops = row.flops / row.forward_time_median / 1e12
+        unstable = is_unstable(row.samples)
+        row.warnings = sorted({*row.warnings, "unstable"} if unstable else {*row.warnings} - {"unstable"})
+    if row.allocated_memory_mb is not None:
+        row.memory_efficiency_mb_per_token = row.allocated_memory_mb / (row.batch_size * row.sequence_length)

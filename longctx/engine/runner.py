@@ -1,0 +1,396 @@
+"""The supervisor: plans rounds, has workers measure, saves every row, survives what the blocks do. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from longctx import blocks as own_blocks
+from longctx.config import BenchmarkConfig, BlockRequest, Cell, parse_blocks
+from longctx.engine.locks import held
+from longctx.engine.machine import available_memory_bytes, default_threads, describe_host, predict_memory_bytes
+from longctx.engine.process import InProcess, Refused, Worker, WorkerLost, WorkerProcess
+from longctx.engine.rows import add_memory, add_round, fault, new_row
+from longctx.errors import LongctxError
+from longctx.events import (
+    CellFinished,
+    CellPhase,
+    CellStarted,
+    Event,
+    Notice,
+    RoundStarted,
+    SampleTaken,
+    SweepFinished,
+    SweepStarted,
+)
+from longctx.results import BenchmarkResult, ResultsFile
+
+START_TIMEOUT_S = 180.0
+"""For a worker to import torch and look at its device, on a slow file system."""
+
+RETRIED = ("crashed", "timeout")
+SPARES_LONGER = ("oom", "timeout")
+"""What a block that ends so at one length will do at every longer one."""
+
+
+def run_sweep(
+    blocks: Iterable[str] | None,
+    config: BenchmarkConfig,
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    command: str | None = None,
+) -> list[BenchmarkResult]:
+    """Measure `blocks` (None: all of ours) as `config` says. One result a cell, faults included, in cell order.
+
+    on_event is told what happens, in the words of longctx/events.py. command: what reproduces this run, stored in
+    every row. Raises LongctxError before anything is measured for what a user can mend, and ResultsError when saving
+    fails. KeyboardInterrupt passes after the workers have ended; all rows finished by then are on disk.
+    """
+    requests = [_own_spelling(request) for request in parse_blocks(blocks or own_blocks.names())]
+    if len({request.name for request in requests}) < len(requests):
+        raise LongctxError(
+            "two of the blocks have the same name", "blocks of your own that are measured together need different names"
+        )
+    with contextlib.ExitStack() as stack:
+        file, earlier = None, []
+        if config.save_results:
+            path = results_path(config)
+            stack.enter_context(held(f"file {path.resolve()}", str(path)))
+            file, earlier = ResultsFile.open(path, resume=config.resume, force=config.force)
+        sweep = _Sweep(requests, config, file, earlier, on_event or (lambda event: None), command)
+        stack.callback(sweep.close)
+        return sweep.run(stack)
+
+
+def results_path(config: BenchmarkConfig) -> Path:
+    """Where a sweep saves: under results_dir, unless output_file is a path with a folder."""
+    if config.output_file is None:
+        return Path(config.results_dir, time.strftime("sweep-%Y%m%d-%H%M%S.json"))
+    # The text, not the path: `./run.json` names a folder too.
+    has_folder = any(mark in config.output_file for mark in filter(None, (os.sep, os.altsep)))
+    return Path(config.output_file) if has_folder else Path(config.results_dir, config.output_file)
+
+
+def _own_spelling(request: BlockRequest) -> BlockRequest:
+    """`blade` as `BLADE`. Raises UsageError for a block that is neither ours nor a path to the user's own."""
+    return request if request.is_user else dataclasses.replace(request, target=own_blocks.resolve(request.target))
+
+
+class _OutOfTime(Exception):
+    """--max-time is over."""
+
+
+class _Sweep:
+    """One run of `run_sweep`: its workers, its rows, its clock."""
+
+    def __init__(
+        self,
+        requests: list[BlockRequest],
+        config: BenchmarkConfig,
+        file: ResultsFile | None,
+        earlier: list[BenchmarkResult],
+        emit: Callable[[Event], None],
+        command: str | None,
+    ) -> None:
+        self.requests, self.config, self.file, self.emit = requests, config, file, emit
+        self.earlier = {(result.key, result.block_name): result for result in earlier}
+        self.command = command or _python_command(requests, config)
+        self.threads = config.threads or default_threads()
+        self.deadline = time.monotonic() + config.max_time if config.max_time else None
+        self.shown = config.to_json() | {"threads": self.threads}
+        self.rows: dict[Cell, BenchmarkResult] = {}
+        self.keys: dict[Cell, str] = {}
+        self.lost: dict[BlockRequest, WorkerLost] = {}
+        self.identities: dict[BlockRequest, Mapping[str, Any]] = {}
+        self.timing: Worker | None = None
+        self.memory: Worker | None = None
+
+    # -- before anything is measured ----------------------------------------------------------------------------
+
+    def run(self, stack: contextlib.ExitStack) -> list[BenchmarkResult]:
+        in_process = self.config.isolation == "none"
+        users = [request for request in self.requests if request.is_user]
+        self.timing = self._start()
+        # Users' code is looked at in a process of its own: what its import does must not reach the first round.
+        scout = self._start() if users and not in_process else self.timing
+        try:
+            hello = self._hello(self.timing)
+            self.device, self.dtype = hello["device"], hello["dtype"]
+            self.separate_memory = self.config.profile_memory and self.device == "cpu" and not in_process
+            self.environment = describe_host() | hello["environment"] | {"threads": self.threads}
+            # Two processes may know one GPU by different numbers.
+            stack.enter_context(held(f"device {self.environment['uuid'] or self.device}", f"the device {self.device}"))
+            for request in self.requests:
+                scout = self._describe(request, scout if request.is_user else self.timing)
+        finally:
+            if scout is not self.timing:
+                scout.close()
+        self.cells = list(self.config.cells(self.requests, dtype=self.dtype))
+        self._take_over()
+        self._say_started()
+        try:
+            self._run_rounds()
+        except _OutOfTime:
+            return self._finish(f"--max-time of {self.config.max_time:g} s is over")
+        except KeyboardInterrupt:
+            self._finish("interrupted")
+            raise
+        return self._finish(None)
+
+    def close(self) -> None:
+        for worker in (self.timing, self.memory):
+            if worker is not None:
+                worker.close()
+        self.timing = self.memory = None
+
+    def _start(self, *, memory: bool = False) -> Worker:
+        if self.config.isolation == "none":
+            return InProcess(self.shown)
+        return WorkerProcess(self.shown, threads=self.threads, memory=memory)
+
+    def _ready(self, *, memory: bool = False) -> Worker:
+        """A worker that has loaded torch and looked at its device: what comes next is the cell's own time."""
+        worker = self._start(memory=memory)
+        self._hello(worker)
+        return worker
+
+    def _hello(self, worker: Worker) -> dict[str, Any]:
+        try:
+            return worker.ask({"job": "hello"}, timeout=START_TIMEOUT_S)
+        except Refused as refused:
+            raise refused.as_error() from None
+        except WorkerLost as lost:
+            raise LongctxError(
+                f"the measuring process could not start: {lost.message}",
+                lost.log_tail.strip() or "`longctx sysinfo` shows what torch sees",
+                exit_code=1,
+            ) from None
+
+    def _describe(self, request: BlockRequest, worker: Worker) -> Worker:
+        """Learn what a block is. One that takes its process down keeps its rows, and loses nobody else's."""
+        job = {"job": "describe", "target": request.target, "options": dict(request.options)}
+        try:
+            self.identities[request] = worker.ask(job, timeout=min(START_TIMEOUT_S, self.config.timeout))["identity"]
+        except Refused as refused:
+            raise refused.as_error() from None
+        except WorkerLost as lost:
+            self.lost[request] = lost
+            self.identities[request] = {"options": dict(request.options), "source_hash": None}
+            worker = self._start()
+            if not request.is_user:
+                self.timing = worker
+        return worker
+
+    def _take_over(self) -> None:
+        """Name every cell, and take over the rows of the file that this run would only measure again."""
+        flags = self.environment["flags"]
+        context = {
+            "device": self.environment["gpu"] or self.environment["cpu"],
+            "threads": self.threads,
+            "flags": {name: value for name, value in flags.items() if name != "threads"},
+            "cuda_graph": self.config.cuda_graph,
+            "seed": self.config.seed,
+            "torch": self.environment["torch"],
+        }
+        again = {"skipped", *(RETRIED if self.config.retry else ())}
+        for cell in self.cells:
+            key = self.keys[cell] = cell.key(identity=self.identities[cell.block], **context)
+            row = self.earlier.get((key, cell.block.name))
+            if row is not None and row.status not in again:
+                self.rows[cell] = row
+
+    def _new_row(self, cell: Cell) -> BenchmarkResult:
+        identity = self.identities[cell.block]
+        return new_row(
+            cell,
+            key=self.keys[cell],
+            source_hash=identity["source_hash"],
+            block_options=dict(identity["options"]),
+            config=self.config.to_json(),
+            environment=self.environment,
+            command=self.command,
+        )
+
+    def _say_started(self) -> None:
+        self.emit(
+            SweepStarted(
+                cells=tuple(self.cells),
+                rounds=self.config.rounds,
+                environment=self.environment,
+                path=str(self.file.path) if self.file else None,
+                reused=tuple(self.rows.values()),
+                weights={cell: _weight(cell) for cell in self.cells},
+            )
+        )
+
+    # -- rounds -------------------------------------------------------------------------------------------------
+
+    def _run_rounds(self) -> None:
+        for index in range(self.config.rounds):
+            cells = self._order(index)
+            if not cells:
+                continue
+            if index and self.config.isolation != "none" and self.timing is not None:
+                # What differs from process to process is then sampled, not hidden.
+                self.timing.close()
+                self.timing = None
+            self.emit(RoundStarted(index=index, cells=tuple(cells)))
+            for cell in cells:
+                self._check_time()
+                self.emit(CellStarted(cell=cell, round=index))
+                self._run_cell(cell, index)
+                self._save()
+                self.emit(CellFinished(cell=cell, round=index, result=self.rows[cell]))
+
+    def _order(self, index: int) -> list[Cell]:
+        """The cells that still lack round `index`: the first goes up in length, later ones are shuffled whole."""
+        cells = [cell for cell in self.cells if self._lacks(cell, index)]
+        random.Random(f"{self.config.seed}:{index}").shuffle(cells)
+        return cells if index else sorted(cells, key=lambda cell: cell.length)
+
+    def _lacks(self, cell: Cell, index: int) -> bool:
+        row = self.rows.get(cell)
+        if row is None:
+            return index == 0
+        return row.status == "ok" and len(row.samples) <= index
+
+    def _run_cell(self, cell: Cell, index: int) -> None:
+        row = self.rows.get(cell) or self._new_row(cell)
+        add_round(row, cell, self._why_not(cell) or self._time(cell, row, index))
+        self.rows[cell] = row
+        if row.ok and self.separate_memory and row.peak_memory_mb is None:
+            self._measure_memory(cell, row)
+
+    def _why_not(self, cell: Cell) -> dict[str, Any] | None:
+        """What becomes of a cell that is not tried, or None if it can be."""
+        if reason := self._why_skip(cell):
+            return fault("skipped", "Skipped", reason)
+        if lost := self.lost.get(cell.block):
+            return fault(lost.status, lost.kind, f"while it was loaded: {lost.message}", lost.log_tail)
+        return None
+
+    def _time(self, cell: Cell, row: BenchmarkResult, index: int) -> dict[str, Any]:
+        gate, memory = self.config.gate and not row.samples, index == 0 and not self.separate_memory
+        if index == 0 and self.separate_memory:
+            # It loads torch while nothing is timed, and sleeps while the other works.
+            self.memory = self.memory or self._ready(memory=True)
+        self.timing = self.timing or self._ready()
+        found, self.timing = self._ask(self.timing, cell, self._plan(gate=gate, timing=True, memory=memory))
+        return found
+
+    def _measure_memory(self, cell: Cell, row: BenchmarkResult) -> None:
+        self.memory = self.memory or self._ready(memory=True)
+        self.emit(CellPhase(cell=cell, phase="memory"))
+        found, self.memory = self._ask(self.memory, cell, self._plan(gate=False, timing=False, memory=True))
+        if found["status"] == "ok":
+            add_memory(row, found)
+        else:
+            self.emit(Notice(text=f"{cell.label}: no memory reading, {found['error']['message']}", level="warning"))
+
+    def _plan(self, *, gate: bool, timing: bool, memory: bool) -> dict[str, Any]:
+        config = self.config
+        return {
+            "warmup_runs": config.warmup_runs,
+            "runs": config.benchmark_runs,
+            "exact": config.exact_runs,
+            "gate": gate,
+            "timing": timing,
+            "memory": memory and config.profile_memory,
+            "seed": config.seed,
+            "cuda_graph": config.cuda_graph,
+            "timeout": config.timeout,
+        }
+
+    def _ask(self, worker: Worker, cell: Cell, plan: Mapping[str, Any]) -> tuple[dict[str, Any], Worker | None]:
+        """Have `worker` measure. Returns what was found, and the worker to go on with: None when it is used up."""
+        timeout = self.config.timeout
+        if self.deadline is not None:
+            timeout = min(timeout, max(1.0, self.deadline - time.monotonic()))
+        job = {"job": "measure", "cell": cell.to_json(), "plan": dict(plan)}
+        try:
+            found = worker.ask(job, timeout=timeout, on_event=lambda event: self._pass_on(cell, event))["found"]
+        except Refused as refused:
+            return fault("failed", "Refused", refused.message), worker
+        except WorkerLost as lost:
+            if worker is self.memory:
+                self.memory = None
+            else:
+                self.timing = None
+            if lost.status == "timeout" and timeout < self.config.timeout:
+                raise _OutOfTime from None
+            return fault(lost.status, lost.kind, lost.message, lost.log_tail), None
+        if found["status"] not in ("ok", "unsupported"):
+            # A process in which something went wrong measures nothing more: it may be left in any state.
+            if found["error"] and not found["error"].get("log_tail"):
+                found["error"]["log_tail"] = worker.log_tail() or None
+            worker.close()
+            return found, None
+        return found, worker
+
+    def _pass_on(self, cell: Cell, event: Mapping[str, Any]) -> None:
+        if event["event"] == "phase":
+            self.emit(CellPhase(cell=cell, phase=event["phase"]))
+        elif event["event"] == "sample":
+            self.emit(SampleTaken(cell=cell, seconds=event["seconds"], count=event["count"]))
+
+    def _why_skip(self, cell: Cell) -> str | None:
+        """Why a cell is not tried: a shorter one of the block did not fit, or this one cannot."""
+        for other, row in self.rows.items():
+            shorter = dataclasses.replace(cell, length=other.length) == other and other.length < cell.length
+            if shorter and row.status in SPARES_LONGER:
+                ended = {"oom": "ran out of memory", "timeout": "ran out of time"}[row.status]
+                return f"it {ended} at {other.length:,} tokens already"
+        needed = predict_memory_bytes(cell, self.identities[cell.block]["options"])
+        free = self.environment.get("gpu_memory_total_bytes") or available_memory_bytes()
+        if needed > free:
+            return f"it needs at least {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are there"
+        return None
+
+    def _check_time(self) -> None:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise _OutOfTime
+
+    # -- keeping ------------------------------------------------------------------------------------------------
+
+    def _finished_rows(self) -> list[BenchmarkResult]:
+        return [self.rows[cell] for cell in self.cells if cell in self.rows]
+
+    def _save(self) -> None:
+        if self.file is not None and self.rows:
+            self.file.save(self._finished_rows())
+
+    def _finish(self, reason: str | None) -> list[BenchmarkResult]:
+        # The cell that was running when the end came may have gained a timing, and no memory reading yet.
+        self._save()
+        results = self._finished_rows()
+        self.emit(SweepFinished(results=tuple(results), complete=reason is None, reason=reason))
+        return results
+
+
+def _weight(cell: Cell) -> float:
+    """Cost of one measurement against another's, for time estimates: a fixed part, and what grows with the work."""
+    pairs = cell.length**2 / 2 if cell.block.target == "Dense" else cell.length * 512
+    flops = cell.batch_size * (24 * cell.d_model**2 * cell.length + 4 * cell.d_model * pairs)
+    return 2e11 + 5 * flops
+
+
+def _python_command(requests: Iterable[BlockRequest], config: BenchmarkConfig) -> str:
+    """The command line that does what a call from Python did."""
+    words = ["longctx", "sweep", "--blocks", *map(str, requests), "--sequence-lengths"]
+    words += [str(length) for length in config.sequence_lengths]
+    defaults = BenchmarkConfig()
+    flags = {"batch_size", "d_model", "n_heads", "num_kv_heads", "device", "dtype", "mode", "rounds", "seed", "threads"}
+    for name in sorted(flags):
+        value = getattr(config, name)
+        if value != getattr(defaults, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if config.exact_runs:
+        words += ["--benchmark-runs", str(config.benchmark_runs)]
+    return shlex.join(words)

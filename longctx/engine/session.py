@@ -1,0 +1,84 @@
+"""The jobs of a worker, in this process: who I am, what is this block, measure this cell. Plain data in, events out.
+
+The same session serves the worker process and `--isolation none`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from longctx.config import BlockRequest, Cell
+from longctx.errors import LongctxError
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Session:
+    """One device, one configuration, any number of jobs. Imports torch."""
+
+    def __init__(self, config: Mapping[str, Any], emit: Emit) -> None:
+        """config: `BenchmarkConfig.to_json()`. emit gets one event at a time, each a dictionary with "event"."""
+        self.config = config
+        self.emit = emit
+        self.gate_cache: dict[Any, dict[str, Any]] = {}
+        self._device: Any = None
+
+    def run(self, job: Mapping[str, Any]) -> None:
+        """Do one job. The last event it emits is "done" or "refused"."""
+        try:
+            answer = getattr(self, f"_{job['job']}")(job)
+        except LongctxError as error:
+            self.emit({"event": "refused", "message": error.message, "hint": error.hint, "exit_code": error.exit_code})
+            return
+        self.emit({"event": "done", **answer})
+
+    @property
+    def device(self) -> Any:
+        if self._device is None:
+            from longctx.engine.device import resolve_device
+
+            self._device = resolve_device(self.config["device"])
+        return self._device
+
+    def _hello(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """The device, the number format, and the flags that will be pinned."""
+        import torch
+
+        from longctx.engine.device import describe_device, resolve_dtype
+        from longctx.engine.flags import global_state, pinned_flags
+
+        if self.config.get("threads"):
+            torch.set_num_threads(self.config["threads"])
+        with global_state():
+            pinned_flags(self.config)
+            environment = describe_device(self.device)
+        dtype, _ = resolve_dtype(self.config["dtype"], self.device)
+        return {"device": str(self.device), "dtype": dtype, "environment": environment}
+
+    def _describe(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """What the block is: options with every default, source hash, modes. Refused when it cannot be built."""
+        from longctx.engine.flags import global_state
+        from longctx.engine.loading import describe_block
+
+        request = BlockRequest(target=job["target"], options=tuple(sorted(job["options"].items())))
+        config = self.config
+        with global_state():
+            identity = describe_block(
+                request, d_model=config["d_model"], n_heads=config["n_heads"], num_kv_heads=config["num_kv_heads"]
+            )
+        return {"identity": identity}
+
+    def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """One cell, as `measure.measure_cell` does it."""
+        from longctx.engine.measure import Plan, measure_cell
+
+        found = measure_cell(
+            Cell.from_json(job["cell"]),
+            Plan(**job["plan"]),
+            device=self.device,
+            config=self.config,
+            gate_cache=self.gate_cache,
+            emit=self.emit,
+        )
+        return {"found": found}

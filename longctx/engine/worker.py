@@ -1,0 +1,56 @@
+"""The process that measures: `python -m longctx.engine.worker FD`. Jobs come as JSON lines on standard input, events go
+as JSON lines to the file descriptor FD; whatever a block prints goes elsewhere and disturbs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def _die_with(supervisor: int) -> None:
+    """Never outlive the supervisor, and go first when memory runs out: a row is cheaper than the machine."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != supervisor:
+        os._exit(1)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def main() -> None:
+    """Answer jobs until standard input ends."""
+    channel = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    os.set_inheritable(channel.fileno(), False)
+    _die_with(int(sys.argv[2]))
+    jobs = os.fdopen(os.dup(0), "r")
+    # A block that reads standard input gets nothing, rather than the next job.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def emit(event: dict[str, Any]) -> None:
+        channel.write(json.dumps(event, default=str) + "\n")
+
+    start = json.loads(jobs.readline() or "{}")
+    if not start:
+        return
+    if start["affinity"]:
+        # Before torch is imported: its thread pools take the processors that they find.
+        with contextlib.suppress(OSError, AttributeError):
+            os.sched_setaffinity(0, start["affinity"])
+    from longctx.engine.session import Session
+
+    session = Session(start["config"], emit)
+    for line in jobs:
+        session.run(json.loads(line))
+
+
+if __name__ == "__main__":
+    main()
