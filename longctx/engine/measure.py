@@ -19,7 +19,7 @@ from longctx.engine.device import DTYPES
 from longctx.engine.flags import global_state, pinned_flags
 from longctx.engine.gate import check_block
 from longctx.engine.loading import LoadedBlock, load_block
-from longctx.engine.memory import measure_memory, resting_bytes, settle
+from longctx.engine.memory import Resting, measure_memory, resting, settle
 from longctx.engine.timing import Emit, Timing, time_call
 from longctx.errors import LongctxError
 
@@ -118,7 +118,7 @@ def _measure(
 ) -> None:
     emit({"event": "phase", "phase": "build"})
     dtype = DTYPES[cell.dtype]
-    floor = resting_bytes(device) if plan.memory else 0
+    floor = resting(device) if plan.memory else Resting()
     loaded = load_block(cell.block, cell, device, dtype, plan.seed)
     found |= {"causal": loaded.causal, "block_options": loaded.options, "source_hash": loaded.source_hash}
     if loaded.cost is not None:
@@ -165,7 +165,7 @@ def _measure(
                 device=device,
                 module=loaded.module,
                 inputs=[run.x, run.state],
-                floor_bytes=floor,
+                floor=floor,
             )
         found |= {
             "peak_memory_mb": _mib(reading.peak_bytes),

@@ -32,6 +32,14 @@ SLOW_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resting:
+    """What a GPU's memory held before a block was built, in bytes. graph_bytes: free room in pools of CUDA graphs."""
+
+    tensor_bytes: int = 0
+    graph_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryReading:
     """Bytes, each None where this system does not tell; `reason` then says why."""
 
@@ -48,25 +56,25 @@ def measure_memory(
     device: torch.device,
     module: nn.Module,
     inputs: Iterable[Any],
-    floor_bytes: int = 0,
+    floor: Resting | None = None,
 ) -> MemoryReading:
     """Memory of `call()`, which returns what it computed.
 
-    inputs: tensors that live through the call. floor_bytes: `resting_bytes` before the module and its inputs were
-    made. A slow call is read fewer times.
+    inputs: tensors that live through the call. floor: `resting` before the module and its inputs were made. A slow
+    call is read fewer times.
     """
     if device.type == "cuda":
-        return _measure_cuda(call, device=device, floor_bytes=floor_bytes)
+        return _measure_cuda(call, device=device, floor=floor or Resting())
     return _measure_cpu(call, module=module, inputs=inputs)
 
 
-def resting_bytes(device: torch.device) -> int:
-    """Bytes that tensors hold on a GPU now; 0 on a CPU. Workspaces of cuBLAS are made first if they are missing.
+def resting(device: torch.device) -> Resting:
+    """What a GPU's memory holds now; nothing on a CPU. Workspaces of cuBLAS are made first if they are missing.
 
     They stay for the life of the process, so they belong to the floor and not to the block that came first.
     """
     if device.type != "cuda":
-        return 0
+        return Resting()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a = torch.ones(64, 64, device=device, dtype=dtype)
         torch.addmm(a[0], a, a)
@@ -74,13 +82,13 @@ def resting_bytes(device: torch.device) -> int:
         del a
     gc.collect()
     torch.cuda.synchronize(device)
-    return _requested(device, "current")
+    return Resting(tensor_bytes=_requested(device, "current"), graph_bytes=_graph_pool_bytes(device))
 
 
 # -- CUDA ----------------------------------------------------------------------------------------------------------
 
 
-def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor_bytes: int) -> MemoryReading:
+def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resting) -> MemoryReading:
     readings: list[MemoryReading] = []
     with torch.cuda.device(device):
         # The first calls of a process make workspaces that stay: they are not this block's.
@@ -96,8 +104,8 @@ def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor_bytes:
             peak = _requested(device, "peak") - before
             reserved = torch.cuda.max_memory_reserved(device)
             # What captured graphs hold serves no one else, but no allocation shows it when they are replayed.
-            graphs = _graph_pool_bytes(device)
-            allocated = _requested(device, "current") - floor_bytes
+            graphs = max(0, _graph_pool_bytes(device) - floor.graph_bytes)
+            allocated = _requested(device, "current") - floor.tensor_bytes
             del y
             reading = MemoryReading(
                 peak_bytes=peak + graphs, allocated_bytes=allocated + graphs, reserved_bytes=reserved

@@ -302,6 +302,9 @@ def test_states_that_do_not_fit():
 
 def on_gpu(dtype=torch.bfloat16, **options):
     block = make(**{"d_model": 64, "chunk_size": 32, "state_dim": 16, **options})
+    with torch.no_grad():
+        # Over dozens of chunks a recurrence that amplifies leaves the range of every format, the reference's too.
+        block.state_proj.weight.mul_(0.05)
     return block.to(device="cuda", dtype=dtype).eval()
 
 
