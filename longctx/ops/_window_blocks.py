@@ -5,6 +5,7 @@ Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head wi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,16 @@ from torch.autograd.function import once_differentiable
 
 # Queries taken together. More waste more on masked corners (W + block keys are computed for W seen), fewer
 # make the products too small. On a CPU the scores of a block must also stay in the second-level cache.
-CPU_BLOCK = 64
+CPU_BLOCK = 128
 GPU_BLOCK = 512
+
+
+@functools.lru_cache(maxsize=32)
+def _corners(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-inf below and above the diagonal, `[size, size]`: what hides keys at the corners of a block."""
+    with torch.inference_mode(False), torch.no_grad():
+        hidden = torch.full((size, size), -math.inf, dtype=dtype, device=device)
+        return hidden.tril(-1), hidden.triu(1)
 
 
 def new_seed(dropout_p: float) -> int:
@@ -48,8 +57,9 @@ class _Walk:
         self.q, self.k = q, k
         self.block = min(GPU_BLOCK if q.is_cuda else CPU_BLOCK, self.queries)
         self.scale = 1.0 / math.sqrt(self.width)
-        hidden = q.new_full((self.block, self.block), -math.inf)
-        self.too_old, self.too_new = hidden.tril(-1), hidden.triu(1)
+        self.too_old, self.too_new = _corners(self.block, q.dtype, q.device)
+        # Of all queries at once: for every block apart these small products would take as long as the large ones.
+        self.far_scores = None if global_k is None else self._far_scores(global_k)
         most = self.far + min(self.block + left + right, self.keys)
         self.buffer = q.new_empty(self.heads * self.block * most)
         self.dropout_p = dropout_p
@@ -57,6 +67,15 @@ class _Walk:
         if dropout_p:
             self.generator = torch.Generator(q.device)
             self.generator.manual_seed(seed)
+
+    def _far_scores(self, global_k: Tensor) -> Tensor:
+        """Scores of the globals, `[H, T, g]`."""
+        q = self.q.transpose(0, 1).unflatten(0, (self.groups, -1))
+        return (q @ global_k.permute(1, 2, 0).unsqueeze(1)).flatten(0, 1).mul_(self.scale)
+
+    def stands_in(self, low: int) -> bool:
+        """Whether other keys stand in the columns of the globals, for the block whose window begins at `low`."""
+        return self.global_k is not None and low >= self.far
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """(first query, end of queries, first key, end of keys) of every block."""
@@ -85,9 +104,10 @@ class _Walk:
         scores = self.buffer[: self.heads * size * columns].view(self.groups, -1, columns)
         keys = self.columns(self.k, self.global_k, low, high).transpose(1, 2)
         torch.baddbmm(scores, rows, keys, beta=0, alpha=self.scale, out=scores)
-        if self.global_k is not None and low >= self.far:
-            scores[:, :, : self.far] = torch.bmm(rows, self.global_k.permute(1, 2, 0)).mul_(self.scale)
-        self.mask(scores.view(self.heads, size, columns)[:, :, self.far :], start, low)
+        by_head = scores.view(self.heads, size, columns)
+        if self.stands_in(low):
+            by_head[:, :, : self.far] = self.far_scores[:, start:end]
+        self.mask(by_head[:, :, self.far :], start, low)
         if scores.is_cuda:
             return torch.softmax(scores, dim=-1)
         return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
@@ -137,19 +157,25 @@ def blocked_forward(
     for item in range(q.shape[0]):
         qi, ki, vi, gk, gv = _item((q, k, v, global_k, global_v), item, dtype)
         walk = _Walk(qi, ki, gk, left, right, dropout_p, seed + item)
+        # The globals' part is added for all queries at the end, before anything is rounded.
+        whole = out[item] if dtype == out.dtype else torch.empty(out.shape[1:], dtype=dtype, device=out.device)
+        far = None if gv is None else qi.new_zeros(walk.heads, walk.queries, walk.far)
         for start, end, low, high in walk:
             weights = walk.weights(walk.rows(qi, start, end), start, end, low, high)
             kept = walk.kept(weights)
             if kept is not None:
                 weights.mul_(kept)
-            values = walk.columns(vi, gv, low, high)
-            if gv is not None and low >= walk.far:
-                far = weights[:, :, : walk.far].clone()
-                weights[:, :, : walk.far] = 0.0
-                mixed = torch.bmm(weights, values).baddbmm_(far, gv.transpose(0, 1))
-            else:
-                mixed = torch.bmm(weights, values)
-            out[item, start:end].copy_(mixed.view(walk.heads, end - start, walk.width).transpose(0, 1))
+            if walk.stands_in(low):
+                stood_in = weights.view(walk.heads, end - start, -1)[:, :, : walk.far]
+                far[:, start:end] = stood_in
+                stood_in.zero_()
+            mixed = torch.bmm(weights, walk.columns(vi, gv, low, high))
+            whole[start:end] = mixed.view(walk.heads, end - start, walk.width).transpose(0, 1)
+        if far is not None:
+            values = gv.transpose(0, 1).unsqueeze(1)
+            whole += (far.unflatten(0, (walk.groups, -1)) @ values).flatten(0, 1).transpose(0, 1)
+        if whole.dtype != out.dtype:
+            out[item] = whole
     return out
 
 
