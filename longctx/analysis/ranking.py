@@ -88,11 +88,15 @@ class Ranked:
 
 
 def rank(results: Iterable[BenchmarkResult], length: int, *, base: str = BASE) -> list[Ranked]:
-    """The ok rows at `length`, fastest first by time per token, with their ratios to block `base`."""
+    """The ok rows at `length`, fastest first, with their ratios to block `base`.
+
+    They go by ratio where every row has one, as the steadier figure, else by time per token.
+    """
     rows = [r for r in results if r.sequence_length == length and r.ok and positive(r.time_s)]
-    rows.sort(key=lambda r: r.time_s / max(1, r.batch_size))
-    ranked = []
-    for place, row in enumerate(rows, start=1):
-        other = base_of(row, rows, base)
-        ranked.append(Ranked(place=place, result=row, ratio=ratio_over_rounds(row, other) if other else None))
-    return ranked
+    bases = [base_of(row, rows, base) for row in rows]
+    pairs = [(row, ratio_over_rounds(row, other) if other else None) for row, other in zip(rows, bases, strict=True)]
+    if all(found for _, found in pairs) and len({id(other) for other in bases}) == 1:
+        pairs.sort(key=lambda pair: pair[1].value)
+    else:
+        pairs.sort(key=lambda pair: pair[0].time_s / max(1, pair[0].batch_size))
+    return [Ranked(place=place, result=row, ratio=found) for place, (row, found) in enumerate(pairs, start=1)]

@@ -11,6 +11,9 @@ from longctx.analysis.series import METRICS, collect
 from longctx.analysis.statistics import positive
 from longctx.results import BenchmarkResult
 
+DOUBTFUL = ("contended", "suspect", "throttled", "unstable")
+"""Warnings under which a figure should not be quoted."""
+
 FRAME = (BASE, "Identity")
 """The cost to beat and the cost that no mixer can beat: they frame a table and are no recommendation."""
 
@@ -106,8 +109,13 @@ def headline(results: Sequence[BenchmarkResult]) -> str | None:
     slope = fit_slope(
         (r.sequence_length, positive(r.time_s))
         for r in results
-        if r.ok and r.block_name == best.result.block_name and comparable(r)[1:] == comparable(best.result)[1:]
+        # The time of a launch-bound row is that of the host, which has nothing to do with its length.
+        if r.ok
+        and r.block_name == best.result.block_name
+        and comparable(r)[1:] == comparable(best.result)[1:]
+        and "launch_bound" not in r.warnings
     )
     if slope and slope.count > 2:
         sentence += f" (local slope of its time {slope.slope:.2f}: {slope.word})"
-    return sentence + "."
+    doubts = {w for row in (best, dense) if row for w in row.result.warnings if w in DOUBTFUL}
+    return sentence + "." + (f" Not a firm result: {', '.join(sorted(doubts))}." if doubts else "")

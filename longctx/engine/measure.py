@@ -48,6 +48,8 @@ class Plan:
     warmup_runs: int = 3
     runs: int = 10
     exact: bool = False
+    budget_s: float = 3.0
+    """Seconds of sampling after which a round goes without an interval of 1%."""
     gate: bool = True
     timing: bool = True
     memory: bool = True

@@ -35,6 +35,9 @@ from longctx.results import BenchmarkResult, ResultsFile
 START_TIMEOUT_S = 180.0
 """For a worker to import torch and look at its device, on a slow file system."""
 
+BUDGET_S, LEAST_BUDGET_S = 3.0, 0.5
+"""Seconds of open-ended sampling of a cell in all rounds together, and in any one of them."""
+
 RETRIED = ("crashed", "timeout")
 SPARES_LONGER = ("oom", "timeout")
 """What a block that ends so at one length will do at every longer one."""
@@ -300,6 +303,8 @@ class _Sweep:
             "warmup_runs": config.warmup_runs,
             "runs": config.benchmark_runs,
             "exact": config.exact_runs,
+            # Rounds see what samples of one process cannot: a cell's time is shared out among them.
+            "budget_s": max(LEAST_BUDGET_S, BUDGET_S / config.rounds),
             "gate": gate,
             "timing": timing,
             "memory": memory and config.profile_memory,

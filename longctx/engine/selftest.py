@@ -58,6 +58,7 @@ class _TimerPlan:
     warmup_runs: int = 1
     runs: int = 5
     exact: bool = True
+    budget_s: float = 3.0
 
 
 def run_part(part: str, *, device: torch.device, dtype: str) -> Iterator[Check]:

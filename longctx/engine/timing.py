@@ -39,7 +39,6 @@ SLOW_WARM_S = 2.0
 
 MIN_CUDA_SAMPLES = 20
 GOAL = 0.01
-BUDGET_S = 3.0
 SLOW_S, SLOW_BUDGET_S, VERY_SLOW_S = 1.0, 10.0, 10.0
 
 OUTSTANDING = 50
@@ -57,6 +56,7 @@ class SamplingPlan(Protocol):
     warmup_runs: int
     runs: int
     exact: bool
+    budget_s: float
 
 
 @dataclass(kw_only=True)
@@ -174,7 +174,7 @@ def _is_steady(times: list[float], limit: float) -> bool:
 
 def _sample(clock: _Clock, plan: SamplingPlan, emit: Emit, *, call_s: float, calls_per_sample: int) -> list[float]:
     """Samples, seconds a call each: exactly `plan.runs`, or until the median is known to 1% or time is up."""
-    least, most, budget = plan.runs, 10_000, BUDGET_S
+    least, most, budget = plan.runs, 10_000, plan.budget_s
     if plan.exact:
         most = least
     elif call_s > VERY_SLOW_S:

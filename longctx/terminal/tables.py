@@ -144,7 +144,7 @@ def results_table(results: Sequence[BenchmarkResult], width: int, *, ascii_only:
     columns = [
         Column(header="tokens", cells=[fmt.tokens(r.sequence_length) for r in rows]),
         *_setting_columns(rows),
-        *_figure_columns(rows, versus=[BASE], everything=results),
+        *_figure_columns(rows, versus=["Identity", BASE], everything=results),
     ]
     breaks = [i for i in range(1, len(rows)) if rows[i].sequence_length != rows[i - 1].sequence_length]
     return layout(columns, width, ascii_only=ascii_only, styles=_styles(rows, columns), breaks=breaks)
@@ -272,6 +272,8 @@ def notes(results: Sequence[BenchmarkResult], *, ascii_only: bool = False) -> Te
     for warning, blocks in warnings.items():
         text.append(f"{warning}: ", style=BAD)
         places = "; ".join(f"{name} at {_lengths(lengths)}" for name, lengths in blocks.items())
+        if sum(map(len, blocks.values())) == len(results) > 1:
+            places = "all rows"
         advice = WARNING_ADVICE.get(warning)
         text.append(places + (f" ({advice})" if advice else "") + "\n")
     text.rstrip()

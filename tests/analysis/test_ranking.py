@@ -56,3 +56,10 @@ def test_base_is_only_one_that_may_be_compared():
     rows = [row("Dense", [[2.0]], dtype="bf16"), row("BLADE", [[1.0]], dtype="fp32")]
     assert base_of(rows[1], rows) is None
     assert rank(rows, 1024)[0].ratio is None
+
+
+def test_rank_goes_by_ratios_where_times_of_a_noisy_machine_disagree():
+    # B ran in the machine's slow round, but beside a Dense that was slower still.
+    dense, a, b = row("Dense", [[1.0], [9.0]]), row("A", [[0.8], [7.2]]), row("B", [[0.7], [6.3]])
+    a.forward_time_median, b.forward_time_median = 0.8, 6.3
+    assert [r.result.block_name for r in rank([dense, a, b], 1024)] == ["B", "A", "Dense"]

@@ -101,3 +101,9 @@ def test_headline_claims_nothing_that_the_rounds_contradict():
     assert "3 rounds do not tell it from Dense" in headline([dense, blade])
     blade.samples = [[0.8], [0.9], [0.7]]
     assert "1.25x faster" in headline([dense, blade])
+
+
+def test_headline_says_what_makes_it_doubtful():
+    rows = [row("Dense", 1024, 1.0), row("BLADE", 1024, 0.5, warnings=["contended", "launch_bound"])]
+    assert headline(rows).endswith("Not a firm result: contended.")
+    assert "firm" not in headline(run()[:9])
