@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,7 +233,7 @@ class BenchmarkConfig:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
         for name in ("timeout", "max_time"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise UsageError(f"{name} must be a positive number of seconds, not {value!r}")
         choices = {"dtype": ("auto", *DTYPES), "mode": MODES, "isolation": ("worker", "none")}
         for name, allowed in choices.items():
@@ -276,3 +278,56 @@ class BenchmarkConfig:
         data = dataclasses.asdict(self)
         published = ("d_model", "n_heads", "device", "torch_benchmark", "cudnn_benchmark")
         return {name: data.pop(name) for name in published} | data
+
+
+_FLAGS = {
+    "d_model": "--d-model",
+    "n_heads": "--n-heads",
+    "num_kv_heads": "--num-kv-heads",
+    "batch_size": "--batch-size",
+    "device": "--device",
+    "dtype": "--dtype",
+    "mode": "--mode",
+    "warmup_runs": "--warmup-runs",
+    "rounds": "--rounds",
+    "threads": "--threads",
+    "seed": "--seed",
+    "timeout": "--timeout",
+    "max_time": "--max-time",
+    "isolation": "--isolation",
+    "results_dir": "--results-dir",
+}
+_SWITCHES = {
+    "torch_benchmark": ("--torch-benchmark", "--no-torch-benchmark"),
+    "cudnn_benchmark": ("--cudnn-benchmark", "--no-cudnn-benchmark"),
+    "cudnn_deterministic": ("--cudnn-deterministic", None),
+    "profile_memory": (None, "--no-memory-profile"),
+    "gate": (None, "--no-gate"),
+    "cuda_graph": ("--cuda-graph", None),
+}
+
+
+def command_line(command: str, config: BenchmarkConfig, blocks: Iterable[str], *, defaults: BenchmarkConfig) -> str:
+    """`longctx COMMAND ...` that measures the same again, but for the file that it saves to.
+
+    command: sweep or quick. defaults: what it does when nothing is said; only what differs from that is written.
+    """
+    words = ["longctx", command]
+    if blocks := list(map(str, blocks)):
+        words += ["--blocks", *blocks]
+    if config.sequence_lengths != defaults.sequence_lengths:
+        lengths = map(str, config.sequence_lengths)
+        words += ["--seq-len", *lengths] if command == "quick" else ["--sequence-lengths", *lengths]
+    for each, flag in _FLAGS.items():
+        value = getattr(config, each)
+        if value != getattr(defaults, each):
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    if command == "quick" and config.benchmark_runs != defaults.benchmark_runs:
+        words += ["--runs", str(config.benchmark_runs)]
+    elif command != "quick" and config.exact_runs:
+        words += ["--benchmark-runs", str(config.benchmark_runs)]
+    for each, (on, off) in _SWITCHES.items():
+        value = getattr(config, each)
+        if value != getattr(defaults, each) and (switch := on if value else off):
+            words.append(switch)
+    return shlex.join(words)

@@ -66,6 +66,9 @@ class BenchmarkResult:
     """Seconds, one list a round. Nothing is trimmed."""
     first_call_s: float | None = None
     host_time_median: float | None = None
+    """CUDA: median over rounds of the seconds that the host takes to enqueue a call."""
+    host_times: list[float] = field(default_factory=list)
+    """The same, one a round."""
     gate_s: float | None = None
     flops: float | None = None
     bytes: float | None = None
@@ -107,7 +110,7 @@ MIB = 1 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_TEXT = 4096
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 def plain_text(text: str, limit: int = MAX_TEXT) -> str:
@@ -132,7 +135,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if os.path.getsize(path) > MAX_FILE_BYTES:
             raise ResultsError(f"{name} is larger than a results file can be", "name the file that a sweep wrote")
         with open(path, encoding="utf-8-sig") as file:
-            records = json.load(file, parse_constant=lambda _: None)
+            records = json.load(file, parse_constant=lambda _: None, parse_float=_finite)
     except FileNotFoundError:
         raise ResultsError(f"there is no file {name}", "`longctx sweep` writes one; name its path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -150,6 +153,11 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"{name} is not a results file: record {index + 1} {reason}", "the file was left as it is"
             )
     return records
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _why_not_a_record(record: Any) -> str | None:
@@ -229,6 +237,7 @@ _CLEAN = {
     "str": _text,
     "str | None": _text,
     "list[str]": _texts,
+    "list[float]": lambda value: _numbers(value) or [],
     "list[float] | None": _numbers,
     "list[list[float]]": _rounds,
     "dict[str, Any]": _object,
@@ -274,8 +283,13 @@ class ResultsFile:
         """Replace the file by what it held of others and `results`. Raises ResultsError; the old file then stays."""
         results = list(results)
         mine = {(result.key, result.block_name) for result in results}
-        records = [record for record in self.kept if (record.get("key"), record["block_name"]) not in mine]
-        records += [result.to_json() for result in results]
+        # A stranger's key may be of any type, a list too.
+        records = [
+            record
+            for record in self.kept
+            if not isinstance(record.get("key"), str) or (record["key"], record["block_name"]) not in mine
+        ]
+        records += [jsonable(result.to_json()) for result in results]
         text = json.dumps(records, indent=1, allow_nan=False, default=str)
         try:
             write_atomically(self.path, text + "\n")
@@ -286,6 +300,15 @@ class ResultsFile:
                 f"cannot save to {self.path}: {why}",
                 "what was saved before stands in that file; make room and go on with --resume",
             ) from error
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with None in the place of numbers that JSON does not have (NaN, infinities)."""
+    if isinstance(value, Mapping):
+        return {str(name): jsonable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -16,58 +16,6 @@ from longctx.results import BenchmarkResult
 if TYPE_CHECKING:
     from longctx.terminal.live import SweepView
 
-_FLAGS = {
-    "d_model": "--d-model",
-    "n_heads": "--n-heads",
-    "num_kv_heads": "--num-kv-heads",
-    "batch_size": "--batch-size",
-    "device": "--device",
-    "dtype": "--dtype",
-    "mode": "--mode",
-    "warmup_runs": "--warmup-runs",
-    "rounds": "--rounds",
-    "threads": "--threads",
-    "seed": "--seed",
-    "timeout": "--timeout",
-    "max_time": "--max-time",
-    "isolation": "--isolation",
-    "results_dir": "--results-dir",
-}
-_SWITCHES = {
-    "torch_benchmark": ("--torch-benchmark", "--no-torch-benchmark"),
-    "cudnn_benchmark": ("--cudnn-benchmark", "--no-cudnn-benchmark"),
-    "cudnn_deterministic": ("--cudnn-deterministic", None),
-    "profile_memory": (None, "--no-memory-profile"),
-    "gate": (None, "--no-gate"),
-    "cuda_graph": ("--cuda-graph", None),
-}
-
-
-def command_line(name: str, config: BenchmarkConfig, blocks: Sequence[str], *, defaults: BenchmarkConfig) -> str:
-    """`longctx NAME ...` that measures the same again. Where it saves is left out, but for the folder.
-
-    defaults: what the command does when nothing is said; only what differs from it is written.
-    """
-    words = ["longctx", name]
-    if blocks:
-        words += ["--blocks", *map(str, blocks)]
-    if config.sequence_lengths != defaults.sequence_lengths:
-        lengths = map(str, config.sequence_lengths)
-        words += ["--seq-len", *lengths] if name == "quick" else ["--sequence-lengths", *lengths]
-    for field, flag in _FLAGS.items():
-        value = getattr(config, field)
-        if value != getattr(defaults, field):
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
-    if name == "quick" and config.benchmark_runs != defaults.benchmark_runs:
-        words += ["--runs", str(config.benchmark_runs)]
-    elif name != "quick" and config.fixed_runs:
-        words += ["--benchmark-runs", str(config.benchmark_runs)]
-    for field, (on, off) in _SWITCHES.items():
-        value = getattr(config, field)
-        if value != getattr(defaults, field) and (switch := on if value else off):
-            words.append(switch)
-    return shlex.join(words)
-
 
 def measure(
     blocks: Sequence[str],

@@ -53,8 +53,8 @@ def quick(
 
     One round of a few calls, not saved unless --output-file is given. `longctx sweep` measures with more care.
     """
-    from longctx.cli._measure import command_line, exit_code, measure, print_json
-    from longctx.config import BenchmarkConfig, parse_blocks
+    from longctx.cli._measure import exit_code, measure, print_json
+    from longctx.config import BenchmarkConfig, command_line, parse_blocks
 
     names = [str(request) for request in parse_blocks(blocks or [])]
     common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5}

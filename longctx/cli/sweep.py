@@ -133,8 +133,8 @@ def sweep(
     Every cell is measured in each of --rounds fresh processes, after a check against its reference. Exit codes: 0 ok,
     3 no cell is ok, 6 a result is wrong or impossible, 130 interrupted, with all that was measured saved.
     """
-    from longctx.cli._measure import command_line, exit_code, measure, print_json
-    from longctx.config import DEFAULT_RUNS, BenchmarkConfig, parse_blocks
+    from longctx.cli._measure import exit_code, measure, print_json
+    from longctx.config import DEFAULT_RUNS, BenchmarkConfig, command_line, parse_blocks
     from longctx.errors import MissingError
 
     if lightning_mode:

@@ -43,7 +43,7 @@ def verify(
     failed = sum(not check["passed"] for check in checks)
     if as_json:
         from longctx.cli._measure import print_json
-        from longctx.terminal.export import jsonable
+        from longctx.results import jsonable
 
         print_json(jsonable({"passed": not failed, **setting, "checks": checks}))
     else:

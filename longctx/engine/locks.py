@@ -40,7 +40,12 @@ def held(resource: str, words: str) -> Iterator[None]:
 def _folder() -> Path:
     """A folder of this user's own that all of their processes on this machine share."""
     folder = Path(tempfile.gettempdir(), f"longctx-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise LongctxError(
+            f"cannot make {folder}: {error.strerror}", "remove it, or set TMPDIR to a folder of your own"
+        ) from None
     if folder.stat().st_uid != os.getuid():
         raise LongctxError(f"{folder} belongs to another user", "remove it, or set TMPDIR to a folder of your own")
     return folder

@@ -140,6 +140,20 @@ def physical_cores(processors: Iterable[int], root: str | Path = "/") -> int | N
     return len(cores) or None
 
 
+def spread_over_cores(count: int, root: str | Path = "/") -> list[int]:
+    """`count` of the logical processors that we may use, on as many physical cores as there are."""
+    first, siblings, cores = [], [], set()
+    for number in affinity():
+        folder = Path(root, f"sys/devices/system/cpu/cpu{number}/topology")
+        core = tuple(_text(folder / name) for name in ("physical_package_id", "core_id"))
+        if None in core or core not in cores:
+            first.append(number)
+        else:
+            siblings.append(number)
+        cores.add(core)
+    return (first + siblings)[:count]
+
+
 def default_threads() -> int:
     """Threads for CPU work: one for each physical core that affinity and the container's quota leave us."""
     allowed = affinity()

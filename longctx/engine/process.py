@@ -11,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
-from longctx.engine.machine import affinity
+import longctx
+from longctx.engine.machine import spread_over_cores
 from longctx.errors import LongctxError
 
 LOG_TAIL_BYTES = 4096
+MAX_SELECT_S = 86400.0
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """glibc then gives freed pages back at once, so that the kernel's high-water mark means the call. It slows work."""
 
@@ -96,10 +98,9 @@ class WorkerProcess:
         """config: `BenchmarkConfig.to_json()`. memory: with the allocator settings of the memory worker."""
         self._oom_kills = _oom_kills()
         receive, send = os.pipe()
-        cores = affinity()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "longctx.engine.worker", str(send), str(os.getpid())],
+                [*python_module("longctx.engine.worker"), str(send), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -114,10 +115,11 @@ class WorkerProcess:
             os.close(send)
         self._events = receive
         self._buffer = b""
-        self._log: deque[bytes] = deque(maxlen=16)
+        self._log = b""
+        self._ends = _watch(self._process.pid)
         self._drain = threading.Thread(target=self._read_log, daemon=True)
         self._drain.start()
-        self._write({"config": dict(config), "affinity": cores[:threads] if cores else None})
+        self._write({"config": dict(config), "affinity": spread_over_cores(threads)})
 
     @property
     def pid(self) -> int:
@@ -150,10 +152,12 @@ class WorkerProcess:
         if self._events >= 0:
             os.close(self._events)
             self._events = -1
+            if self._ends is not None:
+                os.close(self._ends)
 
     def log_tail(self) -> str:
         """The end of what the worker and its block printed."""
-        return b"".join(self._log)[-LOG_TAIL_BYTES:].decode("utf-8", "replace")
+        return self._log.decode("utf-8", "replace")
 
     def _write(self, message: Mapping[str, Any]) -> None:
         # A worker that is gone is noticed when its answer is read.
@@ -164,6 +168,9 @@ class WorkerProcess:
     def _read_events(self, deadline: float, timeout: float) -> Iterator[dict[str, Any]]:
         with selectors.DefaultSelector() as selector:
             selector.register(self._events, selectors.EVENT_READ)
+            if self._ends is not None:
+                # A process that the worker forked may hold the pipe open after it.
+                selector.register(self._ends, selectors.EVENT_READ)
             while True:
                 line, newline, rest = self._buffer.partition(b"\n")
                 if newline:
@@ -171,10 +178,13 @@ class WorkerProcess:
                     yield json.loads(line)
                     continue
                 left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                if left <= 0:
                     self.close()
                     raise WorkerLost("timeout", "Timeout", f"no result within {timeout:g} s", self.log_tail())
-                data = os.read(self._events, 1 << 16)
+                ready = {key.fd for key, _ in selector.select(min(left, MAX_SELECT_S))}
+                if not ready:
+                    continue
+                data = os.read(self._events, 1 << 16) if self._events in ready else b""
                 if not data:
                     raise self._lost()
                 self._buffer += data
@@ -182,6 +192,9 @@ class WorkerProcess:
     def _lost(self) -> WorkerLost:
         code = self._ended()
         self.close()
+        if code is None:
+            message = "the process closed its pipe to the supervisor, and was ended"
+            return WorkerLost("crashed", "Pipe", message, self.log_tail())
         if code == -signal.SIGKILL:
             # The worker makes itself the kernel's first victim, so this is what running out of memory looks like.
             message = "killed by SIGKILL, as the kernel does when memory runs out"
@@ -192,24 +205,46 @@ class WorkerProcess:
             return WorkerLost("crashed", name, f"the process ended by {name}", self.log_tail())
         return WorkerLost("crashed", "Exit", f"the process ended with exit code {code}", self.log_tail())
 
-    def _ended(self) -> int:
-        """The exit status. A worker that closed its pipe and lives on has lost its use: it is ended."""
+    def _ended(self) -> int | None:
+        """The exit status, or None of a worker that closed its pipe and lives on."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout=5.0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        return self._process.wait()
+        return None
 
     def _read_log(self) -> None:
         """Keep the end of the output and throw the rest away: a block may print without end."""
         stream = self._process.stdout
         with contextlib.suppress(OSError, ValueError):
             while data := os.read(stream.fileno(), LOG_TAIL_BYTES):
-                self._log.append(data)
+                self._log = (self._log + data)[-LOG_TAIL_BYTES:]
+
+
+def python_module(name: str) -> list[str]:
+    """The beginning of a command that runs a module of ours: unbuffered, and blind to the working directory.
+
+    Otherwise a `statistics.py` or `inspect.py` that lies there would take the place of the standard library's.
+    """
+    return [sys.executable, "-P", "-u", "-m", name]
+
+
+def child_environment() -> dict[str, str]:
+    """The user's environment, in which `python_module` finds this package also where it is not installed."""
+    environment = dict(os.environ)
+    package = str(Path(longctx.__file__).parent.parent)
+    if package == os.getcwd():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), package]))
+    return environment
+
+
+def _watch(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends, or None where the system has none."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.pidfd_open(pid)
+    return None
 
 
 def _environment(threads: int, *, memory: bool) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_ENVIRONMENT}
+    environment = {name: value for name, value in child_environment().items() if name not in MALLOC_ENVIRONMENT}
     environment |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
     return environment | MALLOC_ENVIRONMENT if memory else environment
 

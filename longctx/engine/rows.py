@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -37,9 +38,12 @@ def add_round(row: BenchmarkResult, cell: Cell, found: Mapping[str, Any]) -> Non
     row.warnings = sorted({*row.warnings, *found["warnings"]})
     if found["samples_round"]:
         row.samples.append(found["samples_round"])
-    hosts = [row.host_time_median, found["host_time_median"]]
-    row.host_time_median = median(value for value in hosts if value is not None)
+    if found["host_time_median"] is not None:
+        row.host_times.append(found["host_time_median"])
+    row.host_time_median = median(row.host_times)
     for name, value in found.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            continue
         if name in _NAMES and value is not None and getattr(row, name) is None:
             setattr(row, name, value)
     if found.get("block_options"):

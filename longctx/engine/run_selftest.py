@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config import BenchmarkConfig
-from longctx.engine.process import MALLOC_ENVIRONMENT
+from longctx.engine.process import MALLOC_ENVIRONMENT, child_environment, python_module
 from longctx.errors import LongctxError
 
 PART_TIMEOUT_S = 300.0
@@ -81,9 +80,9 @@ class _Process:
         self.reason: str | None = None
         self.log = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
         reader, writer = os.pipe()
-        command = [sys.executable, "-m", "longctx.engine.selftest"]
+        command = python_module("longctx.engine.selftest")
         command += ["--device", device, "--dtype", dtype, "--pipe", str(writer), *parts]
-        environment = dict(os.environ)
+        environment = child_environment()
         if list(parts) == ["memory"]:
             environment |= MALLOC_ENVIRONMENT
         try:

@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import os
 import random
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from longctx import blocks as own_blocks
-from longctx.config import BenchmarkConfig, BlockRequest, Cell, parse_blocks
+from longctx.config import BenchmarkConfig, BlockRequest, Cell, command_line, parse_blocks
 from longctx.engine.locks import held
 from longctx.engine.machine import available_memory_bytes, default_threads, describe_host, predict_memory_bytes
 from longctx.engine.process import InProcess, Refused, Worker, WorkerLost, WorkerProcess
@@ -56,7 +55,8 @@ def run_sweep(
     every row. Raises LongctxError before anything is measured for what a user can mend, and ResultsError when saving
     fails. KeyboardInterrupt passes after the workers have ended; all rows finished by then are on disk.
     """
-    requests = [_own_spelling(request) for request in parse_blocks(blocks or own_blocks.names())]
+    named = blocks or config.blocks or own_blocks.names()
+    requests = list(dict.fromkeys(_own_spelling(request) for request in parse_blocks(named)))
     if len({request.name for request in requests}) < len(requests):
         raise LongctxError(
             "two of the blocks have the same name", "blocks of your own that are measured together need different names"
@@ -104,7 +104,7 @@ class _Sweep:
     ) -> None:
         self.requests, self.config, self.file, self.emit = requests, config, file, emit
         self.earlier = {(result.key, result.block_name): result for result in earlier}
-        self.command = command or _python_command(requests, config)
+        self.command = command or command_line("sweep", config, map(str, requests), defaults=BenchmarkConfig())
         self.threads = config.threads or default_threads()
         self.deadline = time.monotonic() + config.max_time if config.max_time else None
         self.shown = config.to_json() | {"threads": self.threads}
@@ -125,13 +125,18 @@ class _Sweep:
         scout = self._start() if users and not in_process else self.timing
         try:
             hello = self._hello(self.timing)
+            if scout is not self.timing:
+                self._hello(scout)
             self.device, self.dtype = hello["device"], hello["dtype"]
             self.separate_memory = self.config.profile_memory and self.device == "cpu" and not in_process
             self.environment = describe_host() | hello["environment"] | {"threads": self.threads}
             # Two processes may know one GPU by different numbers.
             stack.enter_context(held(f"device {self.environment['uuid'] or self.device}", f"the device {self.device}"))
             for request in self.requests:
-                scout = self._describe(request, scout if request.is_user else self.timing)
+                if request.is_user and not in_process:
+                    scout = self._describe(request, scout)
+                else:
+                    self.timing = self._describe(request, self.timing)
         finally:
             if scout is not self.timing:
                 scout.close()
@@ -161,7 +166,11 @@ class _Sweep:
     def _ready(self, *, memory: bool = False) -> Worker:
         """A worker that has loaded torch and looked at its device: what comes next is the cell's own time."""
         worker = self._start(memory=memory)
-        self._hello(worker)
+        try:
+            self._hello(worker)
+        except BaseException:
+            worker.close()
+            raise
         return worker
 
     def _hello(self, worker: Worker) -> dict[str, Any]:
@@ -180,15 +189,17 @@ class _Sweep:
         """Learn what a block is. One that takes its process down keeps its rows, and loses nobody else's."""
         job = {"job": "describe", "target": request.target, "options": dict(request.options)}
         try:
-            self.identities[request] = worker.ask(job, timeout=min(START_TIMEOUT_S, self.config.timeout))["identity"]
+            answer = worker.ask(job, timeout=min(START_TIMEOUT_S, self.config.timeout))
+            if answer["identity"] is None:
+                worker.close()
+                raise WorkerLost("oom", answer["kind"], answer["message"], worker.log_tail())
+            self.identities[request] = answer["identity"]
         except Refused as refused:
             raise refused.as_error() from None
         except WorkerLost as lost:
             self.lost[request] = lost
             self.identities[request] = {"options": dict(request.options), "source_hash": None}
-            worker = self._start()
-            if not request.is_user:
-                self.timing = worker
+            worker = self._ready()
         return worker
 
     def _take_over(self) -> None:
@@ -262,13 +273,19 @@ class _Sweep:
         row = self.rows.get(cell)
         if row is None:
             return index == 0
-        return row.status == "ok" and len(row.samples) <= index
+        return row.status == "ok" and (len(row.samples) <= index or (index == 0 and self._lacks_memory(row)))
+
+    def _lacks_memory(self, row: BenchmarkResult) -> bool:
+        return self.config.profile_memory and row.allocated_memory_mb is None
 
     def _run_cell(self, cell: Cell, index: int) -> None:
         row = self.rows.get(cell) or self._new_row(cell)
-        add_round(row, cell, self._why_not(cell) or self._time(cell, row, index))
+        if len(row.samples) <= index:
+            # What was measured once is not skipped because something else has failed since.
+            refused = None if row.samples else self._why_not(cell)
+            add_round(row, cell, refused or self._time(cell, row, index))
         self.rows[cell] = row
-        if row.ok and self.separate_memory and row.peak_memory_mb is None:
+        if row.ok and self._lacks_memory(row):
             self._measure_memory(cell, row)
 
     def _why_not(self, cell: Cell) -> dict[str, Any] | None:
@@ -289,9 +306,14 @@ class _Sweep:
         return found
 
     def _measure_memory(self, cell: Cell, row: BenchmarkResult) -> None:
-        self.memory = self.memory or self._ready(memory=True)
         self.emit(CellPhase(cell=cell, phase="memory"))
-        found, self.memory = self._ask(self.memory, cell, self._plan(gate=False, timing=False, memory=True))
+        plan = self._plan(gate=False, timing=False, memory=True)
+        if self.separate_memory:
+            self.memory = self.memory or self._ready(memory=True)
+            found, self.memory = self._ask(self.memory, cell, plan)
+        else:
+            self.timing = self.timing or self._ready()
+            found, self.timing = self._ask(self.timing, cell, plan)
         if found["status"] == "ok":
             add_memory(row, found)
         else:
@@ -384,18 +406,3 @@ def _weight(cell: Cell) -> float:
     pairs = cell.length**2 / 2 if cell.block.target == "Dense" else cell.length * 512
     flops = cell.batch_size * (24 * cell.d_model**2 * cell.length + 4 * cell.d_model * pairs)
     return 2e11 + 5 * flops
-
-
-def _python_command(requests: Iterable[BlockRequest], config: BenchmarkConfig) -> str:
-    """The command line that does what a call from Python did."""
-    words = ["longctx", "sweep", "--blocks", *map(str, requests), "--sequence-lengths"]
-    words += [str(length) for length in config.sequence_lengths]
-    defaults = BenchmarkConfig()
-    flags = {"batch_size", "d_model", "n_heads", "num_kv_heads", "device", "dtype", "mode", "rounds", "seed", "threads"}
-    for name in sorted(flags):
-        value = getattr(config, name)
-        if value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    if config.exact_runs:
-        words += ["--benchmark-runs", str(config.benchmark_runs)]
-    return shlex.join(words)

@@ -43,13 +43,11 @@ class Session:
 
     def _hello(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """The device, the number format, and the flags that will be pinned."""
-        import torch
+        import torch  # noqa: F401
 
         from longctx.engine.device import describe_device, resolve_dtype
         from longctx.engine.flags import global_state, pinned_flags
 
-        if self.config.get("threads"):
-            torch.set_num_threads(self.config["threads"])
         with global_state():
             pinned_flags(self.config)
             environment = describe_device(self.device)
@@ -63,10 +61,13 @@ class Session:
 
         request = BlockRequest(target=job["target"], options=tuple(sorted(job["options"].items())))
         config = self.config
-        with global_state():
-            identity = describe_block(
-                request, d_model=config["d_model"], n_heads=config["n_heads"], num_kv_heads=config["num_kv_heads"]
-            )
+        try:
+            with global_state():
+                identity = describe_block(
+                    request, d_model=config["d_model"], n_heads=config["n_heads"], num_kv_heads=config["num_kv_heads"]
+                )
+        except MemoryError as error:
+            return {"identity": None, "kind": type(error).__name__, "message": str(error) or "out of memory"}
         return {"identity": identity}
 
     def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:

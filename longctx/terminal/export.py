@@ -15,7 +15,7 @@ from typing import Any
 from longctx.analysis.ranking import BASE, base_of, ratio
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import problems, slopes
-from longctx.results import BenchmarkResult
+from longctx.results import BenchmarkResult, jsonable
 from longctx.terminal.format import plain
 
 COLUMNS = (
@@ -39,17 +39,6 @@ COLUMNS = (
     "tflops",
     "path",
 )
-
-
-def jsonable(value: Any) -> Any:
-    """`value` with every number that JSON cannot hold (NaN, infinities) as None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return value
 
 
 def document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
