@@ -57,6 +57,7 @@ def flag_state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "flush_denormal": flushes_denormals(),
+        "openmp_spins": os.environ.get("GOMP_SPINCOUNT") or os.environ.get("OMP_WAIT_POLICY"),
     }
 
 
