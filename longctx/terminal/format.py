@@ -100,9 +100,11 @@ def clock(seconds: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """A quotient of times, two decimals: `0.62x`."""
+    """A quotient of times: `0.62x`, and of what is small two digits, `0.013x`."""
     if not _is_number(value):
         return NONE
+    if 0 < value < 0.095:
+        return f"{value:.2g}x"
     return f"{value:.2f}x" if value < 100 else f"{number(value)}x"
 
 
