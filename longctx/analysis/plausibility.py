@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from longctx.analysis.ranking import comparable
 from longctx.analysis.statistics import positive
 from longctx.results import BenchmarkResult
 
@@ -48,6 +49,18 @@ def suspects(results: Iterable[BenchmarkResult]) -> list[BenchmarkResult]:
             if is_flat(_work(small), small.time_s, _work(large), large.time_s):
                 found[id(small)], found[id(large)] = small, large
     return [r for r in rows if id(r) in found]
+
+
+def mark_suspects(results: Iterable[BenchmarkResult]) -> None:
+    """Give the warning `suspect` to the rows that earn it, each block and setting by itself, and take it from others."""
+    groups: dict[tuple, list[BenchmarkResult]] = {}
+    for result in results:
+        groups.setdefault((result.block_name, *comparable(result)[1:]), []).append(result)
+    for rows in groups.values():
+        due = {id(row) for row in suspects(rows)}
+        for row in rows:
+            warnings = {name for name in row.warnings if name != "suspect"} | ({"suspect"} if id(row) in due else set())
+            row.warnings = sorted(warnings)
 
 
 def _work(result: BenchmarkResult) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from longctx.analysis.plausibility import mark_suspects
 from longctx.errors import ResultsError
 from longctx.results import BenchmarkResult, last_results_path, read_results
 
@@ -12,8 +13,9 @@ from longctx.results import BenchmarkResult, last_results_path, read_results
 def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, list[BenchmarkResult]]:
     """label -> rows of each file in `paths`, or of the newest file under `results_dir` if none is named.
 
-    A label is the file's stem, with its folder where two stems are alike. Raises ResultsError for a file that
-    cannot be read or holds no rows, and when there is no sweep yet.
+    Rows whose time does not grow get the warning `suspect`, whoever wrote them. A label is the file's stem, with its
+    folder where two stems are alike. Raises ResultsError for a file that cannot be read or holds no rows, and when
+    there is no sweep yet.
     """
     chosen = [Path(path) for path in paths]
     if not chosen:
@@ -30,6 +32,7 @@ def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[s
         rows = read_results(path)
         if not rows:
             raise ResultsError(f"{path} holds no results", "its sweep ended before the first cell was done")
+        mark_suspects(rows)
         runs[label] = rows
     return runs
 

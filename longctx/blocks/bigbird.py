@@ -20,7 +20,7 @@ from longctx.blocks._spec import BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, visible_blocks
-from longctx.ops.block_sparse_attention import BlockSparse, block_sparse_attention
+from longctx.ops.block_sparse_attention import BlockSparse, block_sparse_attention, kernel_fits
 
 
 @dataclass
@@ -170,6 +170,8 @@ class BigBirdBlock(PreNormBlock):
         if weight.device.type == "cpu":
             direct = self.causal and weight.dtype in (torch.float32, torch.float64)
             return "global, window and random products" if direct else "gathered blocks, SDPA"
+        if kernel_fits(self.pattern, weight, self.head_dim):
+            return "Triton list attention"
         return "gathered blocks, SDPA with bottom-right causal mask" if self.causal else "gathered blocks, SDPA"
 
 

@@ -18,6 +18,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 from longctx.ops.block_plan import BlockPattern, visible_blocks
 
+try:
+    from longctx.ops import list_attention_kernel as kernel
+except ImportError:  # a torch without Triton: lists are then gathered for torch's own kernels
+    kernel = None
+
 # Bound on the gathered keys and values of one slab. On a CPU they should stay in the cache.
 CPU_SLAB_BYTES = 16 << 20
 GPU_SLAB_BYTES = 256 << 20
@@ -69,7 +74,19 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse,
     that an attention weight is zeroed. Gradients are exact and recomputed slab by slab, so no list of gathered
     keys is kept. The pattern is that of Zaheer et al. 2020, arXiv 2007.14062.
     """
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if kernel is not None and not grads and not dropout and kernel.fits(q, sparse):
+        return kernel.list_attention(q, k, v, sparse)
     return _BlockSparseAttention.apply(q, k, v, sparse, dropout)
+
+
+def kernel_fits(pattern: BlockPattern, like: Tensor, head_dim: int) -> bool:
+    """Whether the fused kernel does the forward pass without gradients, on the device and in the dtype of `like`."""
+    if kernel is None:
+        return False
+    q = like.new_empty(1, 1, 1, head_dim)
+    plan = torch.empty(1, 1, pattern.num_random_blocks, dtype=torch.int64, device=like.device)
+    return kernel.fits(q, BlockSparse(pattern=pattern, plan=plan, complete=range(0), start=0, length=1))
 
 
 class _BlockSparseAttention(torch.autograd.Function):

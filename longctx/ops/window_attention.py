@@ -1,8 +1,8 @@
 """Attention over a window of recent keys, in time and memory linear in the sequence length.
 
-Two implementations of one definition. On CUDA in half precision the windowed FlashAttention-2 that ships with
-torch; everywhere else blocks of queries against the keys that they can see, a few matrix products each, with
-a backward pass of its own that recomputes the weights instead of keeping them.
+Three implementations of one definition. On CUDA in half precision a Triton kernel of our own or, for gradients and
+dropout, the windowed FlashAttention-2 that ships with torch; everywhere else blocks of queries against the keys that
+they can see, a few matrix products each, with a backward pass that recomputes the weights instead of keeping them.
 
 Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head width, W window, d dilation,
 g global keys.
@@ -17,6 +17,11 @@ from torch import Tensor
 from longctx.errors import UsageError
 from longctx.ops import _window_blocks as blocks
 from longctx.ops import _window_flash as flash
+
+try:
+    from longctx.ops import window_attention_kernel as kernel
+except ImportError:  # a torch without Triton
+    kernel = None
 
 
 def window_attention(
@@ -67,7 +72,10 @@ def window_attention(
 
 
 def window_attention_path(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Which implementation `window_attention` runs for tensors like these, in words."""
+    """Which implementation `window_attention` runs for tensors like these without gradients, in words."""
+    like = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
+    if kernel is not None and kernel.fits(like, like, like):
+        return "Triton window attention"
     return "windowed flash-attention-2" if flash.fits(device, dtype, head_dim) else "blocked window products"
 
 
@@ -137,12 +145,19 @@ def _band(
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if q.shape[1] == 1 and causal and not dropout_p and not grads:
         return _single(q, k, v, global_k, global_v)
+    if kernel is not None and not grads and not dropout_p and all(kernel.fits(q, k, v) for k, v in _pairs(tensors)):
+        return kernel.window_kernel(q, k, v, global_k, global_v, left, right)
     if flash.fits(q.device, q.dtype, q.shape[-1]):
         if global_k is None:
             return flash.window(q, k, v, left, right, dropout_p)
         return flash.WindowAndGlobals.apply(q, k, v, global_k, global_v, left, right, dropout_p)
     run = blocks.Blocked.apply if grads else blocks.blocked_forward
     return run(q, k, v, global_k, global_v, left, right, dropout_p, blocks.new_seed(dropout_p))
+
+
+def _pairs(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Keys with their values, of the window and of the globals."""
+    return [tensors[1:3], tensors[3:5]] if len(tensors) > 3 else [tensors[1:3]]
 
 
 def _single(q: Tensor, k: Tensor, v: Tensor, global_k: Tensor | None, global_v: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longctx.analysis.plausibility import is_flat, is_impossible, least_time, suspects
+from longctx.analysis.plausibility import is_flat, is_impossible, least_time, mark_suspects, suspects
 from longctx.analysis.scaling import fit_slope, local_slope
 from longctx.results import BenchmarkResult
 
@@ -70,3 +70,26 @@ def test_honest_and_launch_bound_rows_are_not_suspect():
 
 def test_decoding_in_constant_work_is_not_suspect():
     assert suspects([row(length, 1e-4, mode="decode") for length in (1024, 65536)]) == []
+
+
+def published(length, time_s, **fields):
+    return BenchmarkResult(block_name="A", sequence_length=length, forward_time_mean=time_s, **fields)
+
+
+def test_a_published_table_that_is_flat_is_suspect():
+    # 14.3 ms from 65K to 524K tokens, as a widely read table had it.
+    rows = [published(length, 14.3e-3) for length in (65536, 131072, 262144, 524288)]
+    rows += [
+        BenchmarkResult(block_name="B", sequence_length=r.sequence_length, forward_time_mean=1.0) for r in rows[:1]
+    ]
+    mark_suspects(rows)
+    assert [r.warnings for r in rows] == [["suspect"], [], [], ["suspect"], []]
+
+
+def test_suspicion_is_taken_back_and_spares_what_the_host_bounds():
+    rows = [published(1024, 1e-3, warnings=["suspect"]), published(8192, 8e-3, warnings=["suspect", "unstable"])]
+    mark_suspects(rows)
+    assert [r.warnings for r in rows] == [[], ["unstable"]]
+    bound = [published(length, 2e-4, warnings=["launch_bound"]) for length in (1024, 8192)]
+    mark_suspects(bound)
+    assert all(r.warnings == ["launch_bound"] for r in bound)
