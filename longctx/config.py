@@ -35,6 +35,8 @@ class BlockRequest:
 
     target: str
     options: tuple[tuple[str, Any], ...] = ()
+    label: str | None = None
+    """A name to show in the place of the short one, where two rows would else have the same."""
 
     @classmethod
     def parse(cls, text: str) -> BlockRequest:
@@ -63,11 +65,18 @@ class BlockRequest:
     @property
     def name(self) -> str:
         """Short display name: the label, or the user's class name, with the options as given."""
+        if self.label:
+            return self.label
         short = self.target.rpartition(":")[2] if self.is_user else self.target
         return f"{short}:{_format_options(self.options)}" if self.options else short
 
     def __str__(self) -> str:
         return f"{self.target}:{_format_options(self.options)}" if self.options else self.target
+
+
+def names_file(place: str) -> bool:
+    """Whether the place in `place:Name` is a file rather than a package."""
+    return place.endswith(".py") or "/" in place or "\\" in place
 
 
 def _parse_value(text: str) -> Any:
@@ -209,6 +218,7 @@ class BenchmarkConfig:
     retry: bool = False
     force: bool = False
     gate: bool = True
+    energy: bool = True
     cuda_graph: bool = False
     lightning_mode: bool = False
 
@@ -303,14 +313,23 @@ _SWITCHES = {
     "cudnn_deterministic": ("--cudnn-deterministic", None),
     "profile_memory": (None, "--no-memory-profile"),
     "gate": (None, "--no-gate"),
+    "energy": (None, "--no-energy"),
     "cuda_graph": ("--cuda-graph", None),
 }
 
 
-def command_line(command: str, config: BenchmarkConfig, blocks: Iterable[str], *, defaults: BenchmarkConfig) -> str:
+def command_line(
+    command: str,
+    config: BenchmarkConfig,
+    blocks: Iterable[str],
+    *,
+    defaults: BenchmarkConfig,
+    more: Iterable[str] = (),
+) -> str:
     """`longctx COMMAND ...` that measures the same again, but for the file that it saves to.
 
     command: sweep or quick. defaults: what it does when nothing is said; only what differs from that is written.
+    more: words that are no part of a configuration.
     """
     words = ["longctx", command]
     if blocks := list(map(str, blocks)):
@@ -330,4 +349,4 @@ def command_line(command: str, config: BenchmarkConfig, blocks: Iterable[str], *
         value = getattr(config, each)
         if value != getattr(defaults, each) and (switch := on if value else off):
             words.append(switch)
-    return shlex.join(words)
+    return shlex.join([*words, *more])

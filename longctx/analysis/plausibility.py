@@ -52,7 +52,7 @@ def suspects(results: Iterable[BenchmarkResult]) -> list[BenchmarkResult]:
 
 
 def mark_suspects(results: Iterable[BenchmarkResult]) -> None:
-    """Give the warning `suspect` to the rows that earn it, each block and setting by itself, and take it from others."""
+    """Give the warning `suspect` to rows that earn it, each block and setting by itself; take it from others."""
     groups: dict[tuple, list[BenchmarkResult]] = {}
     for result in results:
         groups.setdefault((result.block_name, *comparable(result)[1:]), []).append(result)

@@ -57,7 +57,7 @@ def quick(
     from longctx.config import BenchmarkConfig, command_line, parse_blocks
 
     names = [str(request) for request in parse_blocks(blocks or [])]
-    common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5}
+    common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5, "energy": False}
     defaults = BenchmarkConfig(sequence_lengths=[2048], **common)
     config = BenchmarkConfig(
         **(common | {"benchmark_runs": runs, "save_results": output_file is not None}),

@@ -96,6 +96,14 @@ def sweep(
             rich_help_panel=options.RUNS,
         ),
     ] = False,
+    no_energy: Annotated[
+        bool,
+        typer.Option(
+            "--no-energy",
+            help="Do not measure energy, which takes two seconds a cell on a GPU.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = False,
     lightning_mode: Annotated[
         bool,
         typer.Option("--lightning-mode", help="Measure through Lightning's trainer.", rich_help_panel=options.RUNS),
@@ -168,6 +176,7 @@ def sweep(
         cuda_graph=cuda_graph,
         profile_memory=not no_memory_profile,
         gate=not no_gate,
+        energy=not no_energy,
         output_file=output_file,
         results_dir=results_dir,
         resume=resume,

@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +37,10 @@ with open(sys.argv[1], "w") as file:
 
 def sysinfo(
     results_dir: options.ResultsDir = "./reports/benchmark",
+    peaks: Annotated[
+        bool, typer.Option("--peaks", help="Measure the fastest matrix products and copies, and keep them.")
+    ] = False,
+    device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Show versions, processors, memory, GPUs, and what would spoil a measurement now.
@@ -44,9 +48,13 @@ def sysinfo(
     \b
     longctx sysinfo
     longctx sysinfo --json
+    longctx sysinfo --peaks          how fast this machine can multiply and copy
 
     The environment check ends it: each line is ok, a warning or a problem, with what to do.
     """
+    if peaks:
+        _show_peaks(device, as_json=as_json)
+        return
     from longctx.cli._environment import check_environment
     from longctx.engine.machine import describe_host
     from longctx.terminal.console import result_console, status_console
@@ -73,6 +81,31 @@ def sysinfo(
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
     _show(result_console(), host, devices, versions, checks)
+
+
+def _show_peaks(device: str, *, as_json: bool) -> None:
+    from longctx.engine.peaks import cache_path, measure_in_worker
+    from longctx.terminal.console import result_console, status_console
+    from longctx.terminal.format import memory, number, percent
+    from longctx.terminal.tables import environment_line, facts
+
+    status_console().print("measuring for some seconds ...")
+    environment, found = measure_in_worker(device)
+    if as_json:
+        document = {"flops_per_s": dict(found.flops), "copy_bytes_per_s": found.copy_bytes, "spread": found.spread}
+        typer.echo(json.dumps(document | {"environment": environment}, indent=2, allow_nan=False))
+        return
+    spread = found.spread or {}
+
+    def line(value: str, name: str) -> str:
+        return f"{value}  (best of many, median {percent(abs(spread.get(name, 0.0)))} slower)"
+
+    values = {f"{name} products": line(f"{number(rate / 1e12)} TFLOP/s", name) for name, rate in found.flops.items()}
+    values["copy"] = line(f"{memory(found.copy_bytes)}/s", "copy")
+    console = result_console()
+    console.print(environment_line(environment))
+    console.print(facts(values, console.width))
+    console.print(f"kept in {cache_path()}", soft_wrap=True)
 
 
 def probe() -> tuple[list[dict[str, Any]], str | None]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from longctx.config import names_file
 from longctx.errors import UsageError, did_you_mean
 
 
@@ -23,7 +24,7 @@ def import_target(target: str) -> tuple[Callable[..., Any], bytes]:
     is not there, code that fails when it is imported, and a name that nothing can be built with.
     """
     place, _, name = target.rpartition(":")
-    source = _import_file(Path(place)) if _is_file(place) else _import_package(place)
+    source = _import_file(Path(place)) if names_file(place) else _import_package(place)
     if not hasattr(source, name):
         public = [known for known, value in vars(source).items() if callable(value) and not known.startswith("_")]
         raise UsageError(
@@ -38,10 +39,6 @@ def import_target(target: str) -> tuple[Callable[..., Any], bytes]:
             "name an nn.Module class or a function that returns a module",
         )
     return found, _source_of(source)
-
-
-def _is_file(place: str) -> bool:
-    return place.endswith(".py") or "/" in place or "\\" in place
 
 
 _FILES: dict[tuple[str, str], ModuleType] = {}

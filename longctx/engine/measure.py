@@ -7,7 +7,7 @@ import gc
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longctx.config import Cell
 from longctx.engine.device import DTYPES
+from longctx.engine.energy import energy_per_call
 from longctx.engine.flags import global_state, pinned_flags
 from longctx.engine.gate import check_block
 from longctx.engine.loading import LoadedBlock, load_block
@@ -43,7 +44,7 @@ _UNSUPPORTED_WORDS = ("not implemented for", "is not supported", "not supported 
 
 @dataclass(kw_only=True)
 class Plan:
-    """What to do with a cell. gate, timing, memory: which phases; exact: `runs` samples and no more or less."""
+    """What to do with a cell. gate, timing, memory, energy: which phases; exact: `runs` samples and no more or less."""
 
     warmup_runs: int = 3
     runs: int = 10
@@ -53,10 +54,13 @@ class Plan:
     gate: bool = True
     timing: bool = True
     memory: bool = True
+    energy: bool = False
     seed: int = 0
     cuda_graph: bool = False
     timeout: float | None = None
     """Seconds that the supervisor gives the cell; kept here for the record, the worker is ended from outside."""
+    orders: Iterator[Mapping[str, Any]] | None = None
+    """Where samples are taken in turns with another process: the supervisor's word on when and how many."""
 
 
 class _Escaped(Exception):
@@ -92,6 +96,7 @@ def measure_cell(
     }
     numbers = ("first_call_s", "host_time_median", "gate_s", "flops", "bytes", "state_bytes", "peak_memory_mb")
     numbers += ("allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token", "calls_per_sample", "contention")
+    numbers += ("joules_per_token",)
     found |= dict.fromkeys(numbers)
     with global_state():
         try:
@@ -156,6 +161,12 @@ def _measure(
         found["path"] = loaded.path
         if timing.device_sync_mismatch:
             raise _Escaped(timing.device_sync_mismatch)
+    if plan.energy:
+        emit({"event": "phase", "phase": "energy"})
+        run.prepare()
+        with run.context():
+            joules = energy_per_call(run.call_prepared, device=device)
+        found["joules_per_token"] = None if joules is None else joules / cell.tokens
     if plan.memory:
         emit({"event": "phase", "phase": "memory"})
         run.prepare()
@@ -236,6 +247,7 @@ def _time(
             call_s=None if graph else call_s,
             first_call=first_call and not graph,
             flush=size < FLUSHES_ITSELF_BYTES,
+            orders=plan.orders,
         )
 
 

@@ -57,7 +57,9 @@ OnEvent = Callable[[dict[str, Any]], None]
 class Worker(Protocol):
     """Whoever does the jobs: a process, or this one."""
 
-    def ask(self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None) -> dict[str, Any]: ...
+    def ask(
+        self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None, until: str = "done"
+    ) -> dict[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -74,7 +76,9 @@ class InProcess:
         self._on_event: OnEvent | None = None
         self._session = Session(config, self._receive)
 
-    def ask(self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None) -> dict[str, Any]:
+    def ask(
+        self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None, until: str = "done"
+    ) -> dict[str, Any]:
         """Do one job and return its "done" event. Raises Refused."""
         self._on_event = on_event
         self._session.run(job)
@@ -99,8 +103,18 @@ class InProcess:
 class WorkerProcess:
     """One `python -m longctx.engine.worker`, in a session of its own so that Ctrl-C reaches only the supervisor."""
 
-    def __init__(self, config: Mapping[str, Any], *, threads: int, memory: bool = False) -> None:
-        """config: `BenchmarkConfig.to_json()`. memory: with the allocator settings of the memory worker."""
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        threads: int,
+        memory: bool = False,
+        in_turns: bool = False,
+        folder: str | None = None,
+    ) -> None:
+        """config: `BenchmarkConfig.to_json()`. memory: with the allocator settings of the memory worker. in_turns: it
+        shares its processors with another worker. folder: a checkout to work in, and to find the user's code in.
+        """
         self._oom_kills = _oom_kills()
         receive, send = os.pipe()
         try:
@@ -110,7 +124,8 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(send,),
-                env=_environment(threads, memory=memory),
+                env=_environment(threads, memory=memory, in_turns=in_turns, elsewhere=folder is not None),
+                cwd=folder,
                 start_new_session=True,
             )
         except BaseException:
@@ -120,31 +135,43 @@ class WorkerProcess:
             os.close(send)
         self._events = receive
         self._buffer = b""
+        self._begun: Mapping[str, Any] | None = None
         self._log = b""
         self._ends = _watch(self._process.pid)
         self._drain = threading.Thread(target=self._read_log, daemon=True)
         self._drain.start()
-        self._write({"config": dict(config), "affinity": spread_over_cores(threads)})
+        start = {"config": dict(config), "affinity": spread_over_cores(threads)}
+        self._write(start | {"beside": os.getcwd() if folder is not None else None})
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None) -> dict[str, Any]:
+    def ask(
+        self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None, until: str = "done"
+    ) -> dict[str, Any]:
         """Do one job and return its "done" event; the events before it go to on_event.
 
+        until: an event that is an answer too, after which the worker waits for an order.
         Blocks, without polling, for at most `timeout` seconds. Raises Refused, or WorkerLost after ending the worker.
         """
-        self._write(job)
+        if job != self._begun:
+            self._write(job)
+        self._begun = None
         deadline = time.monotonic() + timeout
         for event in self._read_events(deadline, timeout):
-            if event["event"] == "done":
+            if event["event"] in (until, "done"):
                 return event
             if event["event"] == "refused":
                 raise Refused(event)
             if on_event is not None:
                 on_event(event)
         raise AssertionError("unreachable: the events end in done, refused or WorkerLost")
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Let the worker begin a job; `ask`, called with the same job, waits for its answer."""
+        self._write(job)
+        self._begun = job
 
     def close(self) -> None:
         """End the worker and all it started, whatever it is doing."""
@@ -232,11 +259,14 @@ def python_module(name: str) -> list[str]:
     return [sys.executable, "-P", "-u", "-m", name]
 
 
-def child_environment() -> dict[str, str]:
-    """The user's environment, in which `python_module` finds this package also where it is not installed."""
+def child_environment(*, elsewhere: bool = False) -> dict[str, str]:
+    """The user's environment, in which `python_module` finds this package also where it is not installed.
+
+    elsewhere: for a process with another working directory, where a relative path of the user's leads elsewhere.
+    """
     environment = dict(os.environ)
     package = str(Path(longctx.__file__).parent.parent)
-    if package == os.getcwd():
+    if elsewhere or package == os.getcwd():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), package]))
     return environment
 
@@ -248,10 +278,12 @@ def _watch(pid: int) -> int | None:
     return None
 
 
-def _environment(threads: int, *, memory: bool) -> dict[str, str]:
-    environment = {name: value for name, value in child_environment().items() if name not in MALLOC_ENVIRONMENT}
+def _environment(threads: int, *, memory: bool, in_turns: bool, elsewhere: bool) -> dict[str, str]:
+    environment = child_environment(elsewhere=elsewhere)
+    environment = {name: value for name, value in environment.items() if name not in MALLOC_ENVIRONMENT}
     environment |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
-    if not environment.keys() & {"OMP_WAIT_POLICY", *_SPIN_VARIABLES}:
+    # Threads that spin on after their turn would take the other side's processors: no matter of taste then.
+    if in_turns or not environment.keys() & {"OMP_WAIT_POLICY", *_SPIN_VARIABLES}:
         environment |= _SPIN_VARIABLES
     return environment | MALLOC_ENVIRONMENT if memory else environment
 

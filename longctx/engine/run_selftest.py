@@ -1,4 +1,4 @@
-"""The light half of `longctx test`: starts the processes that check, and tries a crash and a hang on the runner.
+"""The light half of `longctx test`: starts the processes that check, and tries faulty blocks on the runner.
 
 A check that takes its process down fails alone: the rest goes on in a new process. No torch is imported here.
 """
@@ -13,38 +13,46 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longctx.config import BenchmarkConfig
 from longctx.engine.process import MALLOC_ENVIRONMENT, child_environment, python_module
 from longctx.errors import LongctxError
+from longctx.results import BenchmarkResult
 
 PART_TIMEOUT_S = 300.0
 FAULT_TIMEOUT_S = {"cpu": 10.0, "cuda": 25.0}
 """A cell's timeout while the runner is tried: long enough for an honest cell on a slow machine."""
 
-_FAULTY_BLOCKS = """\
-import os, resource, signal, time
-from torch import nn
+FAULTY_BLOCKS = Path(__file__).with_name("faulty_blocks.py")
 
 
-class Crash(nn.Module):
-    def __init__(self):
-        super().__init__()
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A block of faulty_blocks.py and what must become of it: a status, or a warning on an ok row."""
 
-    def forward(self, x):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.kill(os.getpid(), signal.SIGSEGV)
+    name: str
+    label: str
+    status: str = "wrong"
+    warning: str | None = None
+    cuda_only: bool = False
 
 
-class Hang(nn.Module):
-    def __init__(self):
-        super().__init__()
-
-    def forward(self, x):
-        time.sleep(3600)
-"""
+FAULTS = (
+    Fault(name="Crash", label="a crash is caught", status="crashed"),
+    Fault(name="Hang", label="a hang is caught", status="timeout"),
+    Fault(name="CachedByPointer", label="an output cached by address is found"),
+    Fault(name="Stale", label="the output of an earlier call is found"),
+    Fault(name="Dropping", label="dropout left on is found"),
+    Fault(name="NotANumber", label="a NaN is found"),
+    Fault(name="LooksAhead", label="a look into the future is found"),
+    Fault(name="SideStream", label="work on another stream is found", status="impossible", cuda_only=True),
+    Fault(name="Flat", label="time that does not grow is found", status="ok", warning="suspect"),
+    Fault(name="SlowStart", label="a slow first call stays apart", status="ok"),
+    Fault(name="Identity", label="the sweep goes on", status="ok"),
+)
 
 Event = dict[str, Any]
 """`ready` (device, dtype), `part` (part), `check` (a selftest.Check as a dictionary)."""
@@ -145,49 +153,60 @@ class _Process:
 
 
 def check_faults(*, device: str) -> Iterator[Event]:
-    """Whether a sweep survives a cell that crashes and a cell that hangs, and goes on to an honest one."""
+    """Whether a sweep survives what crashes or hangs, sees through what cheats, and goes on to an honest cell."""
     from longctx.engine.runner import run_sweep
 
     yield {"event": "part", "part": "faults"}
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    wanted = {"Crash": "crashed", "Hang": "timeout", "Identity": "ok"}
-    with tempfile.TemporaryDirectory(prefix="longctx-test-") as folder:
-        path = Path(folder, "faulty_blocks.py")
-        path.write_text(_FAULTY_BLOCKS, encoding="utf-8")
-        config = BenchmarkConfig(
-            d_model=64,
-            n_heads=4,
-            sequence_lengths=[64],
-            device=device,
-            dtype="fp32",
-            rounds=1,
-            warmup_runs=1,
-            benchmark_runs=3,
-            fixed_runs=True,
-            timeout=FAULT_TIMEOUT_S[kind],
-            profile_memory=False,
-            save_results=False,
-            results_dir=folder,
-        )
-        try:
-            results = run_sweep([f"{path}:Crash", f"{path}:Hang", "Identity"], config)
-        except LongctxError as error:
-            yield _failure("faults", error.message)
-            return
-        found = {result.block_name: result.status for result in results}
-        for name, status in wanted.items():
-            label = {"Crash": "a crash is caught", "Hang": "a hang is caught", "Identity": "the sweep goes on"}[name]
-            got = found.get(name, "no row")
-            yield {
-                "event": "check",
-                "part": "faults",
-                "name": label,
-                "passed": got == status,
-                "figure": None,
-                "limit": None,
-                "unit": "",
-                "note": f"{name}: {got}" + (f", expected {status}" if got != status else ""),
-            }
+    faults = [fault for fault in FAULTS if kind == "cuda" or not fault.cuda_only]
+    common = {
+        "d_model": 64,
+        "n_heads": 4,
+        "device": device,
+        "dtype": "fp32",
+        "rounds": 1,
+        "warmup_runs": 1,
+        "benchmark_runs": 3,
+        "fixed_runs": True,
+        "timeout": FAULT_TIMEOUT_S[kind],
+        "profile_memory": False,
+        "save_results": False,
+    }
+    # Whether time grows shows over lengths; for all others one will do.
+    once = [fault for fault in faults if not fault.warning]
+    found: dict[str, Any] = {}
+    try:
+        for chosen, lengths in ((once, [64]), ([f for f in faults if f.warning], [64, 512])):
+            blocks = [f.name if f.name == "Identity" else f"{FAULTY_BLOCKS}:{f.name}" for f in chosen]
+            config = BenchmarkConfig(sequence_lengths=lengths, **common)
+            found |= {result.block_name: result for result in run_sweep(blocks, config)}
+    except LongctxError as error:
+        yield _failure("faults", error.message)
+        return
+    for fault in faults:
+        reason = _why_missed(fault, found.get(fault.name))
+        yield {
+            "event": "check",
+            "part": "faults",
+            "name": fault.label,
+            "passed": reason is None,
+            "figure": None,
+            "limit": None,
+            "unit": "",
+            "note": f"{fault.name}: " + (reason or " ".join(filter(None, (fault.status, fault.warning)))),
+        }
+
+
+def _why_missed(fault: Fault, result: BenchmarkResult | None) -> str | None:
+    """What is not as it must be with the row of a faulty block, or None."""
+    got = "no row" if result is None else result.status
+    if result is None or got != fault.status:
+        return f"{got}, expected {fault.status}"
+    if fault.warning and fault.warning not in result.warnings:
+        return f"no warning {fault.warning}"
+    if fault.name == "SlowStart" and not (result.first_call_s >= 2.0 > 10 * result.time_s):
+        return f"first call {result.first_call_s:.2f} s, then {result.time_s:.2f} s"
+    return None
 
 
 def _failure(part: str, reason: str) -> Event:

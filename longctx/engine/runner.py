@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from longctx import blocks as own_blocks
+from longctx.analysis.plausibility import mark_suspects
 from longctx.config import BenchmarkConfig, BlockRequest, Cell, command_line, parse_blocks
+from longctx.engine.judge import Judge
 from longctx.engine.locks import held
 from longctx.engine.machine import available_memory_bytes, default_threads, describe_host, predict_memory_bytes
+from longctx.engine.peaks import Peaks
 from longctx.engine.process import InProcess, Refused, Worker, WorkerLost, WorkerProcess
 from longctx.engine.rows import add_memory, add_round, fault, new_row
 from longctx.errors import LongctxError
@@ -31,6 +34,7 @@ from longctx.events import (
 )
 from longctx.results import BenchmarkResult, ResultsFile
 
+HELLO = {"job": "hello"}
 START_TIMEOUT_S = 180.0
 """For a worker to import torch and look at its device, on a slow file system."""
 
@@ -55,21 +59,19 @@ def run_sweep(
     every row. Raises LongctxError before anything is measured for what a user can mend, and ResultsError when saving
     fails. KeyboardInterrupt passes after the workers have ended; all rows finished by then are on disk.
     """
-    named = blocks or config.blocks or own_blocks.names()
-    requests = list(dict.fromkeys(_own_spelling(request) for request in parse_blocks(named)))
+    requests = requested(blocks or config.blocks)
+    command = command or command_line("sweep", config, map(str, requests), defaults=BenchmarkConfig())
+    return Sweep(requests, config, on_event=on_event, command=command).carry_out()
+
+
+def requested(blocks: Iterable[str] | None) -> list[BlockRequest]:
+    """The words of `--blocks` as requests, all of ours for none. Raises LongctxError."""
+    requests = list(dict.fromkeys(own_spelling(request) for request in parse_blocks(blocks or own_blocks.names())))
     if len({request.name for request in requests}) < len(requests):
         raise LongctxError(
             "two of the blocks have the same name", "blocks of your own that are measured together need different names"
         )
-    with contextlib.ExitStack() as stack:
-        file, earlier = None, []
-        if config.save_results:
-            path = results_path(config)
-            stack.enter_context(held(f"file {path.resolve()}", str(path)))
-            file, earlier = ResultsFile.open(path, resume=config.resume, force=config.force)
-        sweep = _Sweep(requests, config, file, earlier, on_event or (lambda event: None), command)
-        stack.callback(sweep.close)
-        return sweep.run(stack)
+    return requests
 
 
 def results_path(config: BenchmarkConfig) -> Path:
@@ -81,7 +83,7 @@ def results_path(config: BenchmarkConfig) -> Path:
     return Path(config.output_file) if has_folder else Path(config.results_dir, config.output_file)
 
 
-def _own_spelling(request: BlockRequest) -> BlockRequest:
+def own_spelling(request: BlockRequest) -> BlockRequest:
     """`blade` as `BLADE`. Raises UsageError for a block that is neither ours nor a path to the user's own."""
     return request if request.is_user else dataclasses.replace(request, target=own_blocks.resolve(request.target))
 
@@ -90,21 +92,21 @@ class _OutOfTime(Exception):
     """--max-time is over."""
 
 
-class _Sweep:
+class Sweep:
     """One run of `run_sweep`: its workers, its rows, its clock."""
 
     def __init__(
         self,
         requests: list[BlockRequest],
         config: BenchmarkConfig,
-        file: ResultsFile | None,
-        earlier: list[BenchmarkResult],
-        emit: Callable[[Event], None],
-        command: str | None,
+        *,
+        on_event: Callable[[Event], None] | None,
+        command: str,
     ) -> None:
-        self.requests, self.config, self.file, self.emit = requests, config, file, emit
-        self.earlier = {(result.key, result.block_name): result for result in earlier}
-        self.command = command or command_line("sweep", config, map(str, requests), defaults=BenchmarkConfig())
+        self.requests, self.config, self.command = requests, config, command
+        self.emit = on_event or (lambda event: None)
+        self.file: ResultsFile | None = None
+        self.earlier: dict[tuple[str | None, str], BenchmarkResult] = {}
         self.threads = config.threads or default_threads()
         self.deadline = time.monotonic() + config.max_time if config.max_time else None
         self.shown = config.to_json() | {"threads": self.threads}
@@ -115,9 +117,20 @@ class _Sweep:
         self.timing: Worker | None = None
         self.memory: Worker | None = None
 
+    def carry_out(self) -> list[BenchmarkResult]:
+        """Measure, with the file and the device to ourselves, and leave no worker."""
+        with contextlib.ExitStack() as stack:
+            if self.config.save_results:
+                path = results_path(self.config)
+                stack.enter_context(held(f"file {path.resolve()}", str(path)))
+                self.file, earlier = ResultsFile.open(path, resume=self.config.resume, force=self.config.force)
+                self.earlier = {(result.key, result.block_name): result for result in earlier}
+            stack.callback(self.close)
+            return self._run(stack)
+
     # -- before anything is measured ----------------------------------------------------------------------------
 
-    def run(self, stack: contextlib.ExitStack) -> list[BenchmarkResult]:
+    def _run(self, stack: contextlib.ExitStack) -> list[BenchmarkResult]:
         in_process = self.config.isolation == "none"
         users = [request for request in self.requests if request.is_user]
         self.timing = self._start()
@@ -130,6 +143,7 @@ class _Sweep:
             self.device, self.dtype = hello["device"], hello["dtype"]
             self.separate_memory = self.config.profile_memory and self.device == "cpu" and not in_process
             self.environment = describe_host() | hello["environment"] | {"threads": self.threads}
+            self.judge = Judge(self.environment, self._measure_peaks)
             # Two processes may know one GPU by different numbers.
             stack.enter_context(held(f"device {self.environment['uuid'] or self.device}", f"the device {self.device}"))
             for request in self.requests:
@@ -145,6 +159,7 @@ class _Sweep:
         self._say_started()
         try:
             self._run_rounds()
+            self._measure_energy()
         except _OutOfTime:
             return self._finish(f"--max-time of {self.config.max_time:g} s is over")
         except KeyboardInterrupt:
@@ -158,14 +173,18 @@ class _Sweep:
                 worker.close()
         self.timing = self.memory = None
 
-    def _start(self, *, memory: bool = False) -> Worker:
+    def _start(self, *, memory: bool = False, **how: Any) -> Worker:
+        """A worker. how: as `WorkerProcess` takes it."""
         if self.config.isolation == "none":
             return InProcess(self.shown)
-        return WorkerProcess(self.shown, threads=self.threads, memory=memory)
+        worker = WorkerProcess(self.shown, threads=self.threads, memory=memory, **how)
+        # Loading torch takes seconds; those that are started together do it together.
+        worker.begin(HELLO)
+        return worker
 
-    def _ready(self, *, memory: bool = False) -> Worker:
+    def _ready(self, **how: Any) -> Worker:
         """A worker that has loaded torch and looked at its device: what comes next is the cell's own time."""
-        worker = self._start(memory=memory)
+        worker = self._start(**how)
         try:
             self._hello(worker)
         except BaseException:
@@ -175,7 +194,7 @@ class _Sweep:
 
     def _hello(self, worker: Worker) -> dict[str, Any]:
         try:
-            return worker.ask({"job": "hello"}, timeout=START_TIMEOUT_S)
+            return worker.ask(HELLO, timeout=START_TIMEOUT_S)
         except Refused as refused:
             raise refused.as_error() from None
         except WorkerLost as lost:
@@ -215,10 +234,15 @@ class _Sweep:
         }
         again = {"skipped", *(RETRIED if self.config.retry else ())}
         for cell in self.cells:
-            key = self.keys[cell] = cell.key(identity=self.identities[cell.block], **context)
+            identity = self.identities[cell.block]
+            key = self.keys[cell] = cell.key(identity=identity, **context, **self._circumstances(cell))
             row = self.earlier.get((key, cell.block.name))
             if row is not None and row.status not in again:
                 self.rows[cell] = row
+
+    def _circumstances(self, cell: Cell) -> dict[str, Any]:
+        """What else the number of `cell` depends on in this kind of sweep."""
+        return {}
 
     def _new_row(self, cell: Cell) -> BenchmarkResult:
         identity = self.identities[cell.block]
@@ -251,10 +275,9 @@ class _Sweep:
             cells = self._order(index)
             if not cells:
                 continue
-            if index and self.config.isolation != "none" and self.timing is not None:
+            if index and self.config.isolation != "none":
                 # What differs from process to process is then sampled, not hidden.
-                self.timing.close()
-                self.timing = None
+                self._end_round()
             self.emit(RoundStarted(index=index, cells=tuple(cells)))
             for cell in cells:
                 self._check_time()
@@ -262,6 +285,11 @@ class _Sweep:
                 self._run_cell(cell, index)
                 self._save()
                 self.emit(CellFinished(cell=cell, round=index, result=self.rows[cell]))
+
+    def _end_round(self) -> None:
+        if self.timing is not None:
+            self.timing.close()
+            self.timing = None
 
     def _order(self, index: int) -> list[Cell]:
         """The cells that still lack round `index`: the first goes up in length, later ones are shuffled whole."""
@@ -285,6 +313,8 @@ class _Sweep:
             refused = None if row.samples else self._why_not(cell)
             add_round(row, cell, refused or self._time(cell, row, index))
         self.rows[cell] = row
+        self.judge.judge(row, cell)
+        mark_suspects(self.rows.values())
         if row.ok and self._lacks_memory(row):
             self._measure_memory(cell, row)
 
@@ -302,26 +332,51 @@ class _Sweep:
             # It loads torch while nothing is timed, and sleeps while the other works.
             self.memory = self.memory or self._ready(memory=True)
         self.timing = self.timing or self._ready()
-        found, self.timing = self._ask(self.timing, cell, self._plan(gate=gate, timing=True, memory=memory))
+        found, self.timing = self._ask(self.timing, cell, self._job(cell, gate=gate, timing=True, memory=memory))
         return found
+
+    def _measure_peaks(self, dtype: str) -> Peaks | None:
+        """What this machine reaches now, in the process that measures; None if that fails."""
+        self.timing = self.timing or self._ready()
+        try:
+            found = self.timing.ask({"job": "peaks", "dtype": dtype}, timeout=START_TIMEOUT_S)["peaks"]
+        except (Refused, WorkerLost):
+            self._forget(self.timing)
+            return None
+        return Peaks(**found)
+
+    def _measure_energy(self) -> None:
+        """Joules of every row that has none, once its time is known: on GPUs whose driver counts them."""
+        counted = (self.environment.get("nvml") or {}).get("energy_mj") is not None
+        if not counted or not self.config.energy:
+            return
+        for cell, row in self.rows.items():
+            if row.ok and row.joules_per_token is None and not self.config.cuda_graph:
+                self._check_time()
+                self.emit(Notice(text=f"energy of {cell.label}"))
+                self.timing = self.timing or self._ready()
+                job = self._job(cell, gate=False, timing=False, memory=False, energy=True)
+                found, self.timing = self._ask(self.timing, cell, job)
+                row.joules_per_token = found.get("joules_per_token")
+                self._save()
 
     def _measure_memory(self, cell: Cell, row: BenchmarkResult) -> None:
         self.emit(CellPhase(cell=cell, phase="memory"))
-        plan = self._plan(gate=False, timing=False, memory=True)
+        job = self._job(cell, gate=False, timing=False, memory=True)
         if self.separate_memory:
             self.memory = self.memory or self._ready(memory=True)
-            found, self.memory = self._ask(self.memory, cell, plan)
+            found, self.memory = self._ask(self.memory, cell, job)
         else:
             self.timing = self.timing or self._ready()
-            found, self.timing = self._ask(self.timing, cell, plan)
+            found, self.timing = self._ask(self.timing, cell, job)
         if found["status"] == "ok":
             add_memory(row, found)
         else:
             self.emit(Notice(text=f"{cell.label}: no memory reading, {found['error']['message']}", level="warning"))
 
-    def _plan(self, *, gate: bool, timing: bool, memory: bool) -> dict[str, Any]:
+    def _job(self, cell: Cell, *, gate: bool, timing: bool, memory: bool, energy: bool = False) -> dict[str, Any]:
         config = self.config
-        return {
+        plan = {
             "warmup_runs": config.warmup_runs,
             "runs": config.benchmark_runs,
             "exact": config.exact_runs,
@@ -330,29 +385,34 @@ class _Sweep:
             "gate": gate,
             "timing": timing,
             "memory": memory and config.profile_memory,
+            "energy": energy,
             "seed": config.seed,
             "cuda_graph": config.cuda_graph,
             "timeout": config.timeout,
         }
+        return {"job": "measure", "cell": cell.to_json(), "plan": plan}
 
-    def _ask(self, worker: Worker, cell: Cell, plan: Mapping[str, Any]) -> tuple[dict[str, Any], Worker | None]:
-        """Have `worker` measure. Returns what was found, and the worker to go on with: None when it is used up."""
+    def _ask(
+        self, worker: Worker, cell: Cell, job: Mapping[str, Any], *, until: str = "done"
+    ) -> tuple[dict[str, Any], Worker | None]:
+        """Have `worker` do a job on `cell`. Returns what was found, and the worker to go on with: None when it is used
+        up. until: an event that is an answer too, and is then returned as it is.
+        """
         timeout = self.config.timeout
         if self.deadline is not None:
             timeout = min(timeout, max(1.0, self.deadline - time.monotonic()))
-        job = {"job": "measure", "cell": cell.to_json(), "plan": dict(plan)}
         try:
-            found = worker.ask(job, timeout=timeout, on_event=lambda event: self._pass_on(cell, event))["found"]
+            event = worker.ask(job, timeout=timeout, on_event=lambda event: self._pass_on(cell, event), until=until)
         except Refused as refused:
             return fault("failed", "Refused", refused.message), worker
         except WorkerLost as lost:
-            if worker is self.memory:
-                self.memory = None
-            else:
-                self.timing = None
+            self._forget(worker)
             if lost.status == "timeout" and timeout < self.config.timeout:
                 raise _OutOfTime from None
             return fault(lost.status, lost.kind, lost.message, lost.log_tail), None
+        if event["event"] != "done":
+            return event, worker
+        found = event["found"]
         if found["status"] not in ("ok", "unsupported"):
             # A process in which something went wrong measures nothing more: it may be left in any state.
             if found["error"] and not found["error"].get("log_tail"):
@@ -360,6 +420,13 @@ class _Sweep:
             worker.close()
             return found, None
         return found, worker
+
+    def _forget(self, worker: Worker) -> None:
+        """Do not go on with a worker that has ended."""
+        if worker is self.memory:
+            self.memory = None
+        else:
+            self.timing = None
 
     def _pass_on(self, cell: Cell, event: Mapping[str, Any]) -> None:
         if event["event"] == "phase":

@@ -5,7 +5,8 @@ The same session serves the worker process and `--isolation none`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from longctx.config import BlockRequest, Cell
@@ -17,10 +18,23 @@ Emit = Callable[[dict[str, Any]], None]
 class Session:
     """One device, one configuration, any number of jobs. Imports torch."""
 
-    def __init__(self, config: Mapping[str, Any], emit: Emit) -> None:
-        """config: `BenchmarkConfig.to_json()`. emit gets one event at a time, each a dictionary with "event"."""
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        emit: Emit,
+        *,
+        orders: Iterator[Mapping[str, Any]] | None = None,
+        beside: str | None = None,
+    ) -> None:
+        """config: `BenchmarkConfig.to_json()`. emit gets one event at a time, each a dictionary with "event".
+
+        orders: where a cell that is measured in turns finds what to do next. beside: the folder that the supervisor
+        works in, when the working directory of this process is another checkout of the user's code.
+        """
         self.config = config
         self.emit = emit
+        self.orders = orders
+        self.beside = beside
         self.gate_cache: dict[Any, dict[str, Any]] = {}
         self._device: Any = None
 
@@ -45,9 +59,12 @@ class Session:
         """The device, the number format, and the flags that will be pinned."""
         import torch  # noqa: F401
 
+        from longctx.engine.checkout import search_here_first
         from longctx.engine.device import describe_device, resolve_dtype
         from longctx.engine.flags import global_state, pinned_flags
 
+        if self.beside:
+            search_here_first()
         with global_state():
             pinned_flags(self.config)
             environment = describe_device(self.device)
@@ -56,6 +73,7 @@ class Session:
 
     def _describe(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """What the block is: options with every default, source hash, modes. Refused when it cannot be built."""
+        from longctx.engine.checkout import check_origin
         from longctx.engine.flags import global_state
         from longctx.engine.loading import describe_block
 
@@ -68,7 +86,18 @@ class Session:
                 )
         except MemoryError as error:
             return {"identity": None, "kind": type(error).__name__, "message": str(error) or "out of memory"}
+        if self.beside:
+            check_origin(request.target, self.beside)
         return {"identity": identity}
+
+    def _peaks(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """The rates that this device reaches now, for the number format of the job."""
+        from longctx.engine.flags import global_state, pinned_flags
+        from longctx.engine.peaks import measure_peaks
+
+        with global_state():
+            pinned_flags(self.config)
+            return {"peaks": dataclasses.asdict(measure_peaks(self.device, (job["dtype"],)))}
 
     def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """One cell, as `measure.measure_cell` does it."""
@@ -76,7 +105,7 @@ class Session:
 
         found = measure_cell(
             Cell.from_json(job["cell"]),
-            Plan(**job["plan"]),
+            Plan(**job["plan"], orders=self.orders if job.get("in_turns") else None),
             device=self.device,
             config=self.config,
             gate_cache=self.gate_cache,

@@ -12,7 +12,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,6 +40,12 @@ SLOW_WARM_S = 2.0
 MIN_CUDA_SAMPLES = 20
 GOAL = 0.01
 SLOW_S, SLOW_BUDGET_S, VERY_SLOW_S = 1.0, 10.0, 10.0
+
+COOL_DOWN_S = (0.5, 1.0, 2.0)
+"""Pauses for a GPU that is too hot; after the last one it is measured as it is, and marked."""
+
+LONG_CALL_S = 20e-3
+"""In a call of this length what happens at its beginning hardly counts."""
 
 OUTSTANDING = 50
 BATCH_S = 0.25
@@ -92,12 +98,13 @@ def time_call(
     call_s: float | None = None,
     first_call: bool = True,
     flush: bool = True,
+    orders: Iterator[Mapping[str, Any]] | None = None,
 ) -> Timing:
     """Time `fn()`, or `fn(x)` with x going round through `inputs`.
 
     before_sample runs before each sample, outside of it. warmed and call_s: calls that were made before, and how long
     the last took. first_call: time one call apart, before the warm-up. flush: write over the L2 cache before each CUDA
-    sample. What `fn` raises passes through.
+    sample. orders: take samples when these say so, in turns with another process. What `fn` raises passes through.
     """
     emit = emit or (lambda event: None)
     calls = _Calls(fn, inputs, before_sample)
@@ -111,11 +118,16 @@ def time_call(
         warmups, call_s = _warm_up(clock, plan, warmed=warmed, call_s=call_s)
         calls_per_sample = max(1, math.ceil(MIN_SAMPLE_S[clock.kind] / call_s))
         emit({"event": "phase", "phase": "timing"})
-        gpu_before, host_before = nvml_snapshot(device), contention_sample()
-        samples = _sample(clock, plan, emit, call_s=call_s, calls_per_sample=calls_per_sample)
-        contention = host_before.until(
-            contention_sample(), threads=torch.get_num_threads() if clock.kind == "cpu" else 1
-        )
+        gpu_before, host_before = _cooled(device), contention_sample()
+        contention = None
+        if orders is None:
+            samples = _sample(clock, plan, emit, call_s=call_s, calls_per_sample=calls_per_sample)
+            contention = host_before.until(
+                contention_sample(), threads=torch.get_num_threads() if clock.kind == "cpu" else 1
+            )
+        else:
+            # The neighbour whose turn it was would count as contention.
+            samples, calls_per_sample = _sample_in_turns(clock, orders, emit, call_s=call_s)
         mismatch = clock.escaped(statistics.median(samples))
         timing = Timing(
             samples=samples,
@@ -129,6 +141,17 @@ def time_call(
     gpu_after = nvml_snapshot(device)
     timing.warnings = _warnings(timing, clock.kind, [gpu_before, gpu_after])
     return timing
+
+
+def _cooled(device: torch.device) -> dict[str, Any] | None:
+    """The state of a GPU, after waiting a bounded while for one that slows itself down. None on a CPU."""
+    snapshot = nvml_snapshot(device)
+    for pause_s in COOL_DOWN_S:
+        if not (snapshot and snapshot.get("throttled")):
+            break
+        time.sleep(pause_s)
+        snapshot = nvml_snapshot(device)
+    return snapshot
 
 
 def _warnings(timing: Timing, kind: str, gpu: list[dict[str, Any] | None]) -> list[str]:
@@ -200,6 +223,30 @@ def _sample(clock: _Clock, plan: SamplingPlan, emit: Emit, *, call_s: float, cal
             emit({"event": "sample", "seconds": samples[-1], "count": len(samples)})
         if finished:
             return samples
+
+
+def _sample_in_turns(
+    clock: _Clock, orders: Iterator[Mapping[str, Any]], emit: Emit, *, call_s: float
+) -> tuple[list[float], int]:
+    """Samples as ordered, between which another process has its turns. Returns (samples, calls a sample).
+
+    Emits {"event": "ready", "call_s", "least_sample_s"}, then for each order {"job": "take", "count", "calls"} an event
+    {"event": "taken", "samples"}. Any other order ends it. A turn begins with a call that does not count: it finds the
+    caches full of the other's data, and perhaps the other's threads not yet asleep.
+    """
+    samples: list[float] = []
+    calls = 1
+    emit({"event": "ready", "call_s": call_s, "least_sample_s": MIN_SAMPLE_S[clock.kind]})
+    for order in orders:
+        if order["job"] != "take":
+            break
+        calls = order["calls"]
+        if call_s <= LONG_CALL_S:
+            clock.take(count=1, calls=1)
+        taken = clock.take(count=order["count"], calls=calls)
+        samples += taken
+        emit({"event": "taken", "samples": taken})
+    return samples, calls
 
 
 class _Calls:

@@ -47,9 +47,10 @@ def main() -> None:
             os.sched_setaffinity(0, start["affinity"])
     from longctx.engine.session import Session
 
-    session = Session(start["config"], emit)
-    for line in jobs:
-        session.run(json.loads(line))
+    orders = (json.loads(line) for line in jobs)
+    session = Session(start["config"], emit, orders=orders, beside=start.get("beside"))
+    for job in orders:
+        session.run(job)
 
 
 if __name__ == "__main__":

@@ -109,13 +109,13 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
                 status,
             ]
         )
-    parts = [_markdown_table(head, rows, right=range(1, 6))]
+    parts = [markdown_table(head, rows, right=range(1, 6))]
     fits = slopes(results)
     if fits:
         table = [
             [markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))] for row in fits
         ]
-        parts.append(_markdown_table(["block", "local slope of time", "of peak memory"], table, right=(1, 2)))
+        parts.append(markdown_table(["block", "local slope of time", "of peak memory"], table, right=(1, 2)))
     failed = problems(results)
     if failed:
         lines = [
@@ -160,7 +160,7 @@ def markdown_text(value: object) -> str:
     return re.sub(r"[<>&@#]", lambda match: f"&#{ord(match[0])};", text)
 
 
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int]) -> str:
     right = set(right)
     rule = ["---:" if index in right else "---" for index in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
