@@ -24,6 +24,8 @@ PROTOCOL_VERSION = 1
 
 MAX_LENGTH = 1 << 30
 DEFAULT_RUNS = 10
+AGAINST_ROUNDS = 5
+"""Rounds of a sweep with --against: fewer cannot tell one side from the other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,18 @@ MAY_IMPORT = {
     "_version": set(),
     "__init__": {"_version", "config", "results", "engine", "blocks"},
 }
-LIGHT_ENGINE = {"runner", "process", "locks", "rows", "machine", "run_selftest", "peaks", "judge"}
+LIGHT_ENGINE = {
+    "run_against",
+    "runner",
+    "turns",
+    "process",
+    "locks",
+    "rows",
+    "machine",
+    "run_selftest",
+    "peaks",
+    "judge",
+}
 HEAVY = ("torch", "lightning", "pytorch_lightning", "plotext", "triton")
 
 

@@ -28,6 +28,8 @@ class Series:
 
     name: str
     points: list[tuple[int, float]] = field(default_factory=list)
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """length -> 95% interval of the value, for the points that have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,20 @@ def _peak_bytes_per_token(result: BenchmarkResult) -> float | None:
 def _allocated_bytes_per_token(result: BenchmarkResult) -> float | None:
     share = positive(result.memory_efficiency_mb_per_token)
     return share and share * MIB
+
+
+def _interval(result: BenchmarkResult, metric: Metric) -> tuple[float, float] | None:
+    """The 95% interval of a time, or of the throughput that follows from it. Other figures have none."""
+    ends = result.forward_time_ci95
+    if metric.kind not in ("s", "tokens/s") or not isinstance(ends, list) or len(ends) != 2:
+        return None
+    low, high = map(positive, ends)
+    if low is None or high is None or low > high:
+        return None
+    if metric.kind == "s":
+        return low, high
+    tokens = result.sequence_length * (result.batch_size or 1)
+    return tokens / high, tokens / low
 
 
 METRICS = {
@@ -108,6 +124,7 @@ def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tu
     rows = [(label, result) for label, results in runs.items() for result in results]
     varying = _varying(result for _, result in rows)
     points: dict[str, dict[int, float]] = {}
+    bars: dict[str, dict[int, tuple[float, float]]] = {}
     missing: dict[tuple[str, int], Missing] = {}
     for label, result in rows:
         name = _series_name(result, varying, label if len(runs) > 1 else "")
@@ -119,9 +136,24 @@ def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tu
             missing[name, length] = Missing(name=name, length=length, reason=reason)
         else:
             points.setdefault(name, {})[length] = value
+            interval = _interval(result, metric)
+            bars.setdefault(name, {}).pop(length, None)
+            if interval:
+                bars[name][length] = interval
             missing.pop((name, length), None)
-    curves = [Series(name=name, points=sorted(values.items())) for name, values in points.items() if values]
+    curves = [
+        Series(name=name, points=sorted(values.items()), intervals={t: i for t, i in bars[name].items() if t in values})
+        for name, values in points.items()
+        if values
+    ]
     return curves, sorted(missing.values(), key=lambda m: (m.length, m.name))
+
+
+def names_of(results: Iterable[BenchmarkResult]) -> list[str]:
+    """The curve that each row belongs to: its block, with whatever differs between the rows added to it."""
+    results = list(results)
+    varying = _varying(results)
+    return [_series_name(result, varying, "") for result in results]
 
 
 def _traits(result: BenchmarkResult) -> dict[str, Any]:

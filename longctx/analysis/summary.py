@@ -80,15 +80,21 @@ def reason(result: BenchmarkResult) -> str:
     return lines[0] if lines else ""
 
 
-def headline(results: Sequence[BenchmarkResult]) -> str | None:
+def longest_ranking(results: Iterable[BenchmarkResult]) -> Ranking | None:
+    """The ranking at the longest length that several blocks reached, or None where nothing can be compared."""
+    found = [r for r in rankings(results) if len(r.rows) > 1]
+    return max(found, key=lambda r: r.length) if found else None
+
+
+def headline(results: Sequence[BenchmarkResult], *, growth: bool = True) -> str | None:
     """One sentence on the longest length that several blocks reached, or None where nothing can be compared.
 
-    The winner is the fastest block that mixes: Identity frames the table and does not compete.
+    The winner is the fastest block that mixes: Identity frames the table and does not compete. growth: how its time
+    grows with length, too.
     """
-    found = [r for r in rankings(results) if len(r.rows) > 1]
-    if not found:
+    last = longest_ranking(results)
+    if last is None:
         return None
-    last = max(found, key=lambda r: r.length)
     rows = [row for row in last.rows if row.result.block_name not in FRAME]
     dense = next((row for row in last.rows if row.result.block_name == BASE), None)
     if not rows:
@@ -115,7 +121,7 @@ def headline(results: Sequence[BenchmarkResult]) -> str | None:
         and comparable(r)[1:] == comparable(best.result)[1:]
         and "launch_bound" not in r.warnings
     )
-    if slope and slope.count > 2:
+    if growth and slope and slope.count > 2:
         sentence += f" (local slope of its time {slope.slope:.2f}: {slope.word})"
     doubts = {w for row in (best, dense) if row for w in row.result.warnings if w in DOUBTFUL}
     return sentence + "." + (f" Not a firm result: {', '.join(sorted(doubts))}." if doubts else "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -14,7 +14,10 @@ from longctx.config import BenchmarkConfig
 from longctx.results import BenchmarkResult
 
 if TYPE_CHECKING:
+    from longctx.events import Event
     from longctx.terminal.live import SweepView
+
+Measured = TypeVar("Measured")
 
 
 def measure(
@@ -24,11 +27,22 @@ def measure(
     command: str,
     quiet: bool,
 ) -> tuple[list[BenchmarkResult], SweepView]:
+    """`watched` a sweep over `blocks`."""
+    from longctx.engine.runner import run_sweep
+
+    def run(on_event: Callable[[Event], None]) -> list[BenchmarkResult]:
+        return run_sweep(blocks or None, config, on_event=on_event, command=command)
+
+    return watched(run, config, command=command, quiet=quiet)
+
+
+def watched(
+    run: Callable[[Callable[[Event], None]], Measured], config: BenchmarkConfig, *, command: str, quiet: bool
+) -> tuple[Measured, SweepView]:
     """Measure with a view on stderr; the results, and the view that knows the environment and the results file.
 
     Interrupted, it says what is saved and how to go on, and ends the command in 128 + signal.
     """
-    from longctx.engine.runner import run_sweep
     from longctx.terminal.console import status_console
     from longctx.terminal.live import sweep_view
 
@@ -36,7 +50,7 @@ def measure(
     view = sweep_view(status_console(), quiet=quiet, animate=config.isolation == "worker")
     try:
         with view:
-            return run_sweep(blocks or None, config, on_event=view.update, command=command), view
+            return run(view.update), view
     except KeyboardInterrupt as error:
         for line in _farewell(view, command):
             view.console.print(line, soft_wrap=True, markup=False)

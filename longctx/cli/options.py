@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-MODEL, RUNS, OUTPUT = "What to measure", "How to measure", "Output"
+MODEL, RUNS, AGAINST, OUTPUT = "What to measure", "How to measure", "Against another", "Output"
 """Headings under which options stand in the help."""
 
 
@@ -17,7 +17,7 @@ def _blocks(incomplete: str) -> list[str]:
     return [name for name in names() if name.casefold().startswith(typed)]
 
 
-def _complete_blocks(incomplete: str) -> list[str]:
+def complete_blocks(incomplete: str) -> list[str]:
     """Names for the shell, in the case in which their beginning was typed: a shell drops what does not match."""
     return [incomplete + name[len(incomplete) :] for name in _blocks(incomplete)]
 
@@ -29,7 +29,7 @@ Blocks = Annotated[
         metavar="NAME...",
         help="Blocks, as several words: BLADE DPASSM. NAME:option=value sets options; path/to/file.py:Name is a "
         "module of your own. All six if not given.",
-        autocompletion=_complete_blocks,
+        autocompletion=complete_blocks,
         show_default=False,
         rich_help_panel=MODEL,
     ),

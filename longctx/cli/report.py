@@ -15,6 +15,7 @@ from longctx.errors import UsageError
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from longctx.analysis.crossover import Crossover
     from longctx.results import BenchmarkResult
 
 ORDER = 31
@@ -34,12 +35,17 @@ def report(
         bool,
         typer.Option("--markdown", help="Tables to paste into a pull request.", rich_help_panel=options.OUTPUT),
     ] = False,
+    crossover: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--crossover", metavar="A B", help="Where these two cross, not each block and Dense."),
+    ] = None,
     results_dir: options.ResultsDir = BenchmarkConfig.results_dir,
 ) -> None:
-    """Show a saved run: its tables, local slopes, rankings, and the rows that have no result.
+    """Show a saved run: its tables, how time and memory grow, where blocks cross, which is best, what is missing.
 
     \b
     longctx report                                 the newest sweep
+    longctx report run.json --crossover BLADE Longformer
     longctx report run.json --markdown >> pull-request.md
     longctx report run.json --csv | head
     """
@@ -50,24 +56,24 @@ def report(
         raise UsageError("--json, --csv and --markdown are three different documents", "choose one of them")
     rows = load_runs(runs or (), results_dir=results_dir)
     if as_json:
-        typer.echo(json_text(rows), nl=False)
+        typer.echo(json_text(rows, crossover), nl=False)
     elif as_csv:
         typer.echo(to_csv(rows), nl=False)
     elif as_markdown:
-        typer.echo(markdown(rows), nl=False)
+        typer.echo(markdown(rows, crossover), nl=False)
     else:
-        show(rows)
+        show(rows, crossover)
 
 
-def json_text(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
-    """One document: an object a run with its label, results, ratios to Dense and local slopes."""
+def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
+    """One document: an object a run with its label, results, and what was derived from them."""
     from longctx.terminal.export import document
 
-    found = [{"run": label, **document(rows)} for label, rows in runs.items()]
+    found = [{"run": label, **document(rows, crossovers=crossings(rows, pair))} for label, rows in runs.items()]
     return json.dumps({"runs": found}, indent=2, allow_nan=False) + "\n"
 
 
-def markdown(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
+def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
     """The tables of every run, under its label if there are several."""
     from longctx.terminal.export import markdown_text, to_markdown
     from longctx.terminal.tables import environment_line
@@ -75,13 +81,17 @@ def markdown(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
     parts = []
     for label, rows in runs.items():
         head = f"### {markdown_text(label)}\n\n" if len(runs) > 1 else ""
-        parts.append(head + to_markdown(rows, environment=environment_line(_environment(rows), rows[0].dtype).plain))
+        line = environment_line(_environment(rows), rows[0].dtype).plain
+        parts.append(head + to_markdown(rows, environment=line, crossovers=crossings(rows, pair)))
     return "\n".join(parts)
 
 
-def show(runs: Mapping[str, Sequence[BenchmarkResult]]) -> None:
-    """Tables, rankings, local slopes and problems of every run on standard output."""
+def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> None:
+    """Tables, rankings, growth, crossovers, best blocks, problems and a summary of every run on standard output."""
+    from longctx.analysis.conclusions import conclude
     from longctx.terminal.console import ascii_only, result_console
+    from longctx.terminal.findings import sections as findings
+    from longctx.terminal.findings import summary_text
     from longctx.terminal.format import plain
     from longctx.terminal.tables import environment_line, notes, ranking_lines, results_table
 
@@ -92,13 +102,17 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]]) -> None:
             console.print()
         if len(runs) > 1:
             console.print(plain(label), style="bold")
-        line = environment_line(_environment(rows), rows[0].dtype)
+        line, found = environment_line(_environment(rows), rows[0].dtype), conclude(rows)
+        said = summary_text(found.sentences, width, ascii_only=ascii_)
+        said.stylize("bold")
+        derived = findings(found, width, ascii_only=ascii_, extra=crossings(rows, pair))
         sections = [
             line if line.plain else None,
             results_table(rows, width, ascii_only=ascii_),
             _headed("Fastest first, time against Dense", ranking_lines(rows, width, ascii_only=ascii_)),
-            _headed("Growth with length (local slope: 1 is linear, 2 quadratic)", slopes_table(rows, width)),
+            *(_headed(title, body) for title, body in derived),
             notes(rows, ascii_only=ascii_),
+            said,
         ]
         shown = [section for section in sections if section is not None and section.plain.strip()]
         for number, section in enumerate(shown):
@@ -107,31 +121,28 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]]) -> None:
             console.print(section)
 
 
-def slopes_table(rows: Sequence[BenchmarkResult], width: int) -> Text:
-    """The local slopes of time and memory, with the word for time's; empty under two lengths."""
-    from rich.text import Text
+def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> list[Crossover] | None:
+    """The crossovers of two blocks in every setting that both have; None if none were asked for.
 
-    from longctx.analysis.summary import slopes
-    from longctx.terminal.format import NONE, plain, tokens
-    from longctx.terminal.tables import Column, layout
+    Raises UsageError for a block that the run does not have.
+    """
+    from longctx.analysis.crossover import crossover
+    from longctx.analysis.curves import curves, growth
+    from longctx.errors import did_you_mean
 
-    found = slopes(rows)
-    if not found:
-        return Text()
-    fits = [row.time or row.memory for row in found]
-    columns = [
-        Column(header="block", cells=[plain(row.name) for row in found], right=False, flexible=True),
-        Column(header="time", cells=[f"{row.time.slope:.2f}" if row.time else NONE for row in found]),
-        Column(header="memory", cells=[f"{row.memory.slope:.2f}" if row.memory else NONE for row in found]),
-        Column(header="time is", cells=[row.time.word if row.time else NONE for row in found], keep=2, right=False),
-        Column(
-            header="lengths",
-            cells=[f"{tokens(fit.shortest)} to {tokens(fit.longest)}" for fit in fits if fit],
-            keep=1,
-            right=False,
-        ),
-    ]
-    return layout(columns, width)
+    if pair is None:
+        return None
+    found = curves(rows)
+    sides = []
+    for word in pair:
+        matching = [c for c in found if word.casefold() in (c.block.casefold(), c.name.casefold())]
+        if not matching:
+            known = list(dict.fromkeys(c.block for c in found))
+            hint = f"it has {', '.join(known)}" if known else "it has no row that is ok"
+            raise UsageError(f"the run has no result of block {word!r}.{did_you_mean(word, known)}", hint)
+        sides.append(matching)
+    pairs = [(a, b) for a in sides[0] for b in sides[1] if a is not b and a.setting == b.setting]
+    return [crossover(growth(a), growth(b)) for a, b in pairs]
 
 
 def _environment(rows: Sequence[BenchmarkResult]) -> dict[str, Any]:

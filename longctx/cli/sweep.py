@@ -27,15 +27,46 @@ def sweep(
     device: options.Device = "auto",
     dtype: options.DType = "auto",
     mode: options.Mode = "forward",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="OTHER",
+            help="Measure every block in turns with OTHER, and say which is faster: a block, or the folder of another "
+            "checkout, for the same blocks of your own as they are there.",
+            autocompletion=options.complete_blocks,
+            show_default=False,
+            rich_help_panel=options.AGAINST,
+        ),
+    ] = None,
+    guard: Annotated[
+        float | None,
+        typer.Option(
+            "--guard",
+            metavar="PERCENT",
+            help="With --against: a difference up to this is none.",
+            show_default="3 on a CPU, 1 on a GPU",
+            rich_help_panel=options.AGAINST,
+        ),
+    ] = None,
+    fail_on_regression: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-regression",
+            help="With --against: exit with 4 if a block is slower than OTHER, or fails where OTHER does not.",
+            rich_help_panel=options.AGAINST,
+        ),
+    ] = False,
     rounds: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--rounds",
             metavar="N",
             help="Fresh processes that measure every cell once each.",
+            show_default="3; with --against 5, and 4 more where they tell nothing",
             rich_help_panel=options.RUNS,
         ),
-    ] = 3,
+    ] = None,
     warmup_runs: options.WarmupRuns = 3,
     benchmark_runs: Annotated[
         int | None,
@@ -137,20 +168,25 @@ def sweep(
     longctx sweep --blocks BLADE DPASSM --sequence-lengths 1K 4K 16K 64K
     longctx sweep --blocks BLADE BLADE:chunk_size=1024 my_block.py:MyBlock
     longctx sweep --output-file run.json --resume
+    longctx sweep --blocks my_block.py:MyBlock --against ../main --fail-on-regression
 
     Every cell is measured in each of --rounds fresh processes, after a check against its reference. Exit codes: 0 ok,
-    3 no cell is ok, 6 a result is wrong or impossible, 130 interrupted, with all that was measured saved.
+    3 no cell is ok, 6 a result is wrong or impossible, 130 interrupted, with all that was measured saved; with
+    --against also 4 for a regression and, under --strict, 7 for a pair that is inconclusive.
     """
+    from longctx.cli._against import check, sweep_against
     from longctx.cli._measure import exit_code, measure, print_json
-    from longctx.config import DEFAULT_RUNS, BenchmarkConfig, command_line, parse_blocks
+    from longctx.config import AGAINST_ROUNDS, DEFAULT_RUNS, BenchmarkConfig, command_line, parse_blocks
     from longctx.errors import MissingError
 
     if lightning_mode:
         raise MissingError(
             "--lightning-mode is not there yet", "leave it out: blocks are then measured directly, without a trainer"
         )
+    check(against=against, guard=guard, fail_on_regression=fail_on_regression)
     names = [str(request) for request in parse_blocks(blocks or [])]
     defaults = BenchmarkConfig(fixed_runs=False)
+    usual_rounds = defaults.rounds if against is None else AGAINST_ROUNDS
     lengths = options.words(sequence_lengths) if sequence_lengths is not None else defaults.sequence_lengths
     config = BenchmarkConfig(
         sequence_lengths=lengths,
@@ -161,7 +197,7 @@ def sweep(
         device=device,
         dtype=dtype,
         mode=mode,
-        rounds=rounds,
+        rounds=usual_rounds if rounds is None else rounds,
         warmup_runs=warmup_runs,
         benchmark_runs=DEFAULT_RUNS if benchmark_runs is None else benchmark_runs,
         fixed_runs=benchmark_runs is not None,
@@ -185,6 +221,10 @@ def sweep(
         verbose=not quiet,
         blocks=names,
     )
+    if against is not None:
+        judging = {"guard": guard, "strict": strict, "fail_on_regression": fail_on_regression}
+        judging["settle"] = rounds is None
+        raise typer.Exit(sweep_against(names, against, config, json=json, **judging))
     command = command_line("sweep", config, names, defaults=defaults)
     results, view = measure(names, config, command=command, quiet=quiet)
     if json:
@@ -193,7 +233,7 @@ def sweep(
         from longctx.terminal.console import result_console
 
         show(result_console(), results, view.environment)
-        _tail(result_console(), view, command)
+        tail(result_console(), view, command)
     raise typer.Exit(exit_code(results, strict=strict, complete=view.complete))
 
 
@@ -201,9 +241,8 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     """Environment, table, notes, scaling plot and ranking of a finished sweep."""
     from rich.text import Text
 
-    from longctx.analysis.summary import headline
-    from longctx.terminal import format as fmt
     from longctx.terminal.console import ascii_only
+    from longctx.terminal.findings import short_form
     from longctx.terminal.tables import environment_line, notes, ranking_lines, results_table
 
     plain = ascii_only(console)
@@ -225,12 +264,13 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
         base = "time over Dense's, the median of same-round ratios"
         console.print(Text(f"Fastest first, {base}:" if "x" in ranking.plain else "Fastest first:", style="bold"))
         console.print(ranking)
-    if sentence := headline(results):
+    if len(said := short_form(results, console.width, ascii_only=plain)):
         console.print()
-        console.print(Text(fmt.plain(sentence), style="bold"))
+        console.print(said)
 
 
-def _tail(console: Console, view: Any, command: str) -> None:
+def tail(console: Console, view: Any, command: str) -> None:
+    """What ended a sweep early, where it is saved, and the command that makes it again."""
     from rich.text import Text
 
     from longctx.terminal import format as fmt

@@ -107,6 +107,7 @@ class Sweep:
         self.emit = on_event or (lambda event: None)
         self.file: ResultsFile | None = None
         self.earlier: dict[tuple[str | None, str], BenchmarkResult] = {}
+        self.most_rounds = config.rounds
         self.threads = config.threads or default_threads()
         self.deadline = time.monotonic() + config.max_time if config.max_time else None
         self.shown = config.to_json() | {"threads": self.threads}
@@ -271,7 +272,7 @@ class Sweep:
     # -- rounds -------------------------------------------------------------------------------------------------
 
     def _run_rounds(self) -> None:
-        for index in range(self.config.rounds):
+        for index in range(self.most_rounds):
             cells = self._order(index)
             if not cells:
                 continue

@@ -230,13 +230,13 @@ def _sample_in_turns(
 ) -> tuple[list[float], int]:
     """Samples as ordered, between which another process has its turns. Returns (samples, calls a sample).
 
-    Emits {"event": "ready", "call_s", "least_sample_s"}, then for each order {"job": "take", "count", "calls"} an event
+    Emits {"event": "ready", "call_s"}, then for each order {"job": "take", "count", "calls"} an event
     {"event": "taken", "samples"}. Any other order ends it. A turn begins with a call that does not count: it finds the
     caches full of the other's data, and perhaps the other's threads not yet asleep.
     """
     samples: list[float] = []
     calls = 1
-    emit({"event": "ready", "call_s": call_s, "least_sample_s": MIN_SAMPLE_S[clock.kind]})
+    emit({"event": "ready", "call_s": call_s})
     for order in orders:
         if order["job"] != "take":
             break

@@ -12,10 +12,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from longctx.analysis.conclusions import Conclusions, conclude
+from longctx.analysis.crossover import Crossover
 from longctx.analysis.ranking import BASE, base_of, ratio
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import problems, slopes
 from longctx.results import BenchmarkResult, jsonable
+from longctx.terminal.findings import (
+    advice_lines,
+    crossing_line,
+    exponent,
+    findings_document,
+    floor,
+    interval,
+    kind,
+    span,
+    time_word,
+)
 from longctx.terminal.format import plain
 
 COLUMNS = (
@@ -41,8 +54,11 @@ COLUMNS = (
 )
 
 
-def document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
-    """The results with what was derived from them: ratios to Dense and local slopes. Plain data for JSON."""
+def document(results: Sequence[BenchmarkResult], *, crossovers: Sequence[Crossover] | None = None) -> dict[str, Any]:
+    """The results with what was derived from them: ratios to Dense, laws, crossovers, best blocks. Plain data for JSON.
+
+    crossovers: those asked for, in place of those against Dense.
+    """
     return jsonable(
         {
             "results": [result.to_json() for result in results],
@@ -63,6 +79,7 @@ def document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
                 }
                 for row in slopes(results)
             ],
+            **findings_document(conclude(results), crossovers),
         }
     )
 
@@ -89,8 +106,11 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
     return out.getvalue()
 
 
-def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") -> str:
-    """Tables in GitHub's Markdown: every row with its ratio to Dense, local slopes, rows that are not ok."""
+def to_markdown(
+    results: Sequence[BenchmarkResult], *, environment: str = "", crossovers: Sequence[Crossover] | None = None
+) -> str:
+    """Tables in GitHub's Markdown: every row with its ratio to Dense, growth, crossovers, best blocks, rows that are
+    not ok; the summary last."""
     head = ["block", "tokens", "time (ms)", f"time / {BASE}", "tokens/s", "peak (MiB)", "status"]
     rows = []
     for result in sorted(results, key=lambda r: r.sequence_length):
@@ -110,12 +130,8 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
             ]
         )
     parts = [markdown_table(head, rows, right=range(1, 6))]
-    fits = slopes(results)
-    if fits:
-        table = [
-            [markdown_text(row.name), *(f"{s.slope:.2f}" if s else "" for s in (row.time, row.memory))] for row in fits
-        ]
-        parts.append(markdown_table(["block", "local slope of time", "of peak memory"], table, right=(1, 2)))
+    found = conclude(results)
+    parts += _findings(found, found.crossovers if crossovers is None else crossovers)
     failed = problems(results)
     if failed:
         lines = [
@@ -124,9 +140,36 @@ def to_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") ->
             for r, why in failed
         ]
         parts.append("\n".join(lines))
+    if found.sentences:
+        parts.append(markdown_text(" ".join(found.sentences)))
     if environment:
         parts.append(markdown_text(environment))
     return "\n\n".join(parts) + "\n"
+
+
+def _findings(found: Conclusions, crossovers: Sequence[Crossover]) -> list[str]:
+    """Growth, crossovers and best blocks as parts of a Markdown document."""
+    parts = []
+    if found.growths:
+        head = ["block", "time k", "95%", "time is", "floor", "memory k", "fit", "lengths"]
+        rows = []
+        for g in found.growths:
+            law = g.time or g.memory
+            cells = [exponent(g.time), interval(g.time), time_word(g), floor(g.time), exponent(g.memory)]
+            rows.append([markdown_text(g.curve.name), *map(markdown_text, [*cells, kind(law), span(law)])])
+        parts.append(markdown_table(head, rows, right=(1, 2, 4, 5)))
+        parts += [markdown_text(line) for line in advice_lines(found.growths)]
+    if crossovers:
+        parts.append("\n".join(f"- {markdown_text(crossing_line(c))}" for c in crossovers))
+    if found.best:
+        head = ["tokens", "least time", "least memory", "least energy", "Pareto set"]
+        rows = [
+            [f"{b.length:,}" + (f" ({markdown_text(b.setting)})" if b.setting else "")]
+            + [markdown_text(", ".join(listed)) for listed in (b.time, b.memory, b.energy, b.pareto)]
+            for b in found.best
+        ]
+        parts.append(markdown_table(head, rows, right=(0,)))
+    return parts
 
 
 def _ratio_to_base(result: BenchmarkResult, results: Iterable[BenchmarkResult]) -> float | None:

@@ -91,7 +91,8 @@ class SweepView:
                 self.estimate.start(event, self.results)
                 self.steps = self.estimate.runs_left()
             case RoundStarted():
-                self.round = event.index
+                # A sweep may add rounds to those that it set out with.
+                self.round, self.rounds = event.index, max(self.rounds, event.index + 1)
             case CellStarted():
                 self.estimate.cell_started(event.cell)
             case CellFinished():

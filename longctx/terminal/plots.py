@@ -30,6 +30,10 @@ COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow")
 _COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}
 _GREY = 8
 NAME_WIDTH = 48
+BAR = "┃"
+"""A 95% interval; drawn where it is wider than the character that marks the point."""
+REFERENCES = {1: "·", 2: ":"}
+"""Exponent -> the character that its line is made of."""
 
 _UNITS = {
     "s": SECONDS,
@@ -38,7 +42,7 @@ _UNITS = {
     "tokens/s": RATES,
 }
 _STATUS_WORDS = {"oom": "OOM"}
-_ASCII = str.maketrans("─│┌┐└┘├┤┬┴┼·●■▲◆○□△◇▼▽…", "-|+++++++++.*#^ooO^+vv~")
+_ASCII = str.maketrans("─│┃┌┐└┘├┤┬┴┼·●■▲◆○□△◇▼▽…", "-||+++++++++.*#^ooO^+vv~")
 
 
 @dataclass(kw_only=True)
@@ -115,7 +119,7 @@ def scaling_plot(
     else:
         drawn = _draw(curves, lengths, scale, width, max(height, 6), references=metric == "scaling", color=color)
         body = Text.from_ansi(drawn, no_wrap=True)
-        legend = _legend(curves, scale, width, slopes=metric == "scaling", color=color)
+        legend = _legend(curves, scale, width, slopes=metric == "scaling", bars=BAR in body.plain, color=color)
     parts = {"title": Text(heading, style="bold"), "body": body, "legend": legend, "caption": caption}
     if ascii_only:
         parts = {name: _to_ascii(part) for name, part in parts.items()}
@@ -136,6 +140,7 @@ def _styled(index: int, curve: Series) -> _Curve:
     return _Curve(
         name=_name(curve.name),
         points=curve.points,
+        intervals=curve.intervals,
         marker=MARKERS[index % len(MARKERS)],
         color=COLORS[index % len(COLORS)],
     )
@@ -155,6 +160,13 @@ def _draw(
 
     x_range = _padded([math.log10(length) for length in lengths], 0.0)
     y_range = _padded([math.log10(value / scale) for curve in curves for _, value in curve.points], 0.3)
+    drawn = (height - 4) / (y_range[1] - y_range[0])
+    ends = [end for curve in curves for pair in _bars_wider_than(curve, 1 / drawn).values() for end in pair]
+    # Room for the bars, but not so much that one wild row presses the curves flat.
+    if ends:
+        room = 0.3 * (y_range[1] - y_range[0])
+        low, high = math.log10(min(ends) / scale), math.log10(max(ends) / scale)
+        y_range = (max(min(y_range[0], low), y_range[0] - room), min(max(y_range[1], high), y_range[1] + room))
     plotext.terminal.limit(False, False)
     figure = plotext.figure
     figure.clear()
@@ -163,16 +175,22 @@ def _draw(
     figure.legend(False)
     if references:
         start = math.log10(lengths[0]), min(math.log10(c.points[0][1] / scale) for c in curves)
-        for exponent in (1, 2):
+        for exponent, dot in REFERENCES.items():
             ends = _reference(start, exponent, x_range[1], y_range[1])
-            figure.draw(figure.signal(*ends, marker=plotext.marker("·", _GREY if color else None)).lines())
-    for layer in ("line", "points"):
+            figure.draw(figure.signal(*ends, marker=plotext.marker(dot, _GREY if color else None)).lines())
+    row = (y_range[1] - y_range[0]) / max(1, height - 4)
+    for layer in ("line", "bars", "points"):
         for curve in curves:
             code = _COLOR_CODES[curve.color] if color else None
             x = [math.log10(length) for length, _ in curve.points]
             y = [math.log10(value / scale) for _, value in curve.points]
             if layer == "points":
                 figure.draw(figure.signal(x, y, marker=plotext.marker(curve.marker, code)))
+            elif layer == "bars":
+                for length, ends in _bars_wider_than(curve, row).items():
+                    at = [math.log10(length)] * 2
+                    ends = [min(max(math.log10(end / scale), y_range[0]), y_range[1]) for end in ends]
+                    figure.draw(figure.signal(at, ends, marker=plotext.marker(BAR, code)).lines())
             elif len(x) > 1:
                 figure.draw(figure.signal(x, y, marker=plotext.marker("braille", code)).lines())
     ticks = value_ticks(*y_range, rows=height - 4)
@@ -182,6 +200,17 @@ def _draw(
         figure.ruler(axis).ticks([position for position, _ in marks], [label for _, label in marks])
         figure.ruler(axis).lim(*limits)
     return figure.build().string().rstrip("\n")
+
+
+def _bars_wider_than(curve: Series, decades: float) -> dict[int, tuple[float, float]]:
+    """length -> 95% interval, for the points where it is wider than `decades` and holds the point."""
+    return {
+        length: curve.intervals[length]
+        for length, value in curve.points
+        if length in curve.intervals
+        and curve.intervals[length][0] <= value <= curve.intervals[length][1]
+        and math.log10(curve.intervals[length][1]) - math.log10(curve.intervals[length][0]) > decades
+    }
 
 
 def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
@@ -232,7 +261,7 @@ def _length_ticks(lengths: Sequence[int], limits: tuple[float, float], columns: 
     return kept[::-1]
 
 
-def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool, color: bool) -> Text:
+def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool, bars: bool, color: bool) -> Text:
     """Marker, name and last value of every curve, as they end from top to bottom; entries are not broken."""
     from rich.text import Text
 
@@ -246,7 +275,9 @@ def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool,
         words += f", local slope {slope.slope:.2f}" if slope else ""
         entries.append(Text().append(curve.marker, style=curve.color if color else "").append(words))
     if slopes:
-        entries.append(Text("· slopes of T and T²"))
+        entries.append(Text("··· T   ::: T²"))
+    if bars:
+        entries.append(Text(f"{BAR} 95% interval"))
     legend, used = Text(), 0
     for entry in entries:
         if used:

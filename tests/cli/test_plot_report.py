@@ -146,6 +146,101 @@ def test_report_as_documents(longctx, saved, tmp_path):
     assert longctx("report", saved, "--json", "--csv")[0] == 2
 
 
+@pytest.fixture
+def long_run(tmp_path):
+    """Seven lengths: Dense quadratic over a floor, BLADE linear and leaner, crossing at 20K."""
+    found = []
+    for length in (1024 << i for i in range(7)):
+        for block, seconds in (("Dense", 2e-4 + 1e-12 * length**2), ("BLADE", 2e-4 + 2e-8 * length)):
+            samples = [[seconds * c * d for d in (0.999, 1.0, 1.001)] for c in (1.0, 1.02, 0.99)]
+            found.append(
+                BenchmarkResult(
+                    block_name=block,
+                    sequence_length=length,
+                    forward_time_median=seconds,
+                    forward_time_ci95=[seconds * 0.4, seconds * 2.2],
+                    peak_memory_mb=length / (64 if block == "Dense" else 256),
+                    samples=samples,
+                )
+            )
+    return write(tmp_path / "long.json", found)
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50])
+def test_report_says_what_the_numbers_mean(longctx, long_run, columns):
+    code, out, err = longctx("report", long_run, columns=columns)
+    flat = " ".join(out.split())
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= columns
+    for words in ("faster than Dense from 19K on", "quadratic", "It overtakes Dense", "0.25 of Dense's", "Pareto"):
+        assert words in flat, words
+
+
+def test_crossover_of_any_two(longctx, long_run):
+    code, out, _ = longctx("report", long_run, "--crossover", "dense", "BLADE")
+    assert code == 0 and "Dense: slower than BLADE from 19K on" in out
+    code, out, err = longctx("report", long_run, "--crossover", "dense", "BLAD")
+    assert code == 2 and "Did you mean 'BLADE'?" in err
+
+
+def test_documents_hold_what_was_derived(longctx, long_run):
+    (run,) = json.loads(longctx("report", long_run, "--json")[1])["runs"]
+    laws = {law["name"]: law["time"] for law in run["laws"]}
+    assert laws["Dense"]["kind"] == "law" and laws["Dense"]["exponent"] == pytest.approx(2.0, abs=0.02)
+    assert laws["BLADE"]["floor"] == pytest.approx(2e-4, rel=0.05)
+    (crossing,) = run["crossovers"]
+    assert crossing["tokens"] == pytest.approx(20e3, rel=0.05) and crossing["a_is_faster_after"]
+    assert crossing["tokens_ci95"][0] <= 20e3 <= crossing["tokens_ci95"][1]
+    assert run["best"][-1]["pareto"] == ["BLADE"] and 1 <= len(run["summary"]) <= 4
+    text = longctx("report", long_run, "--markdown")[1]
+    assert "| block | time k |" in text and "- BLADE: faster than Dense" in text and "| tokens | least time |" in text
+
+
+def test_a_sweep_ends_with_the_short_form(long_run):
+    from longctx.results import read_results
+    from longctx.terminal.findings import short_form
+
+    for width in (120, 80, 50):
+        text = short_form(read_results(long_run), width, ascii_only=True).plain
+        assert text.isascii() and max(map(len, text.splitlines())) <= width
+        assert "quadratic" in text and "Crossovers" in text and "Best at" not in text
+    assert short_form([], 80).plain == ""
+
+
+def test_uncertainty_bars_and_reference_slopes(longctx, long_run):
+    for columns in (100, 80):
+        _, out, _ = longctx("plot", long_run, "--metric", "scaling", columns=columns)
+        assert "┃ 95% interval" in out and "··· T   ::: T²" in out and out.count("┃") > 14
+        assert len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= columns
+    assert "┃" not in longctx("plot", long_run, "--metric", "memory")[1]
+
+
+def test_hostile_records_end_no_report(longctx, tmp_path):
+    numbers = (None, 0, -1, 1e29, 1e-29, "x", [1], True, 3.5)
+    records = [
+        {
+            "block_name": HOSTILE if i % 3 else "Dense",
+            "sequence_length": 1 << (i % 40),
+            "batch_size": numbers[i % 9],
+            "forward_time_mean": numbers[(i * 5) % 9],
+            "forward_time_median": numbers[(i * 7) % 9],
+            "forward_time_ci95": [numbers[i % 9], numbers[(i + 2) % 9]],
+            "peak_memory_mb": numbers[(i * 2) % 9],
+            "joules_per_token": numbers[(i * 4) % 9],
+            "samples": [[numbers[i % 9]], "x", [], [1e29, 1e-29], [i + 1.0]],
+            "warnings": ["launch_bound", HOSTILE, 3][: i % 4],
+            "mode": ["forward", HOSTILE, None][i % 3],
+            "config": {"d_model": HOSTILE},
+        }
+        for i in range(240)
+    ]
+    for count in (1, 2, 40, 240):
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps(records[:count]))
+        for words in ([], ["--json"], ["--csv"], ["--markdown"]):
+            code, out, _ = longctx("report", path, *words, columns=50)
+            assert code == 0 and "\x1b" not in out
+
+
 def test_names_of_strangers_stay_text(longctx, tmp_path):
     path = write(tmp_path / "x.json", rows(name=HOSTILE))
     for words in (["plot", path], ["report", path], ["report", path, "--csv"], ["report", path, "--markdown"]):

@@ -1,0 +1,129 @@
+"""What a run says, in one to four sentences: who is fastest, from where on, how it grows, what it costs in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longctx.analysis.best import Best, best_blocks
+from longctx.analysis.crossover import Crossover, against_base
+from longctx.analysis.curves import Growth, curves, growths
+from longctx.analysis.laws import Law
+from longctx.analysis.ranking import BASE
+from longctx.analysis.series import METRICS
+from longctx.analysis.summary import FRAME, headline, longest_ranking
+from longctx.results import BenchmarkResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusions:
+    """All that was derived from the rows of one run."""
+
+    growths: list[Growth]
+    crossovers: list[Crossover]
+    best: list[Best]
+    sentences: list[str]
+
+
+def conclude(results: Sequence[BenchmarkResult]) -> Conclusions:
+    """Laws, crossovers against Dense, best blocks and the summary of a run."""
+    found = growths(curves(results))
+    crossings, best = against_base(found), best_blocks(results)
+    return Conclusions(
+        growths=found, crossovers=crossings, best=best, sentences=sentences(results, found, crossings, best)
+    )
+
+
+def sentences(
+    results: Sequence[BenchmarkResult],
+    found: Sequence[Growth],
+    crossings: Sequence[Crossover],
+    best: Sequence[Best],
+) -> list[str]:
+    """At most four sentences; none where nothing can be compared."""
+    first, last = headline(results, growth=False), longest_ranking(results)
+    if first is None or last is None:
+        return []
+    # The headline's doubt is a sentence of its own and closes the summary.
+    first, _, doubt = first.partition(" Not a firm result: ")
+    said = [first]
+    mixing = [row.result for row in last.rows if row.result.block_name not in FRAME]
+    winner = next((g for g in found if any(row is mixing[0] for row in g.curve.rows.values())), None)
+    if winner is not None:
+        crossing = next((c for c in crossings if c.a == winner.curve.name), None)
+        said += [text for text in (_crossing(crossing), _growing(winner, found, BASE)) if text]
+    lean = next((b for b in best if b.length == last.length and b.setting == last.setting), None)
+    leaner = _memory([row.result for row in last.rows], lean) if lean else None
+    if leaner:
+        said.append(leaner)
+    if doubt:
+        said = [*said[:3], f"This is not a firm result: {doubt}"]
+    return said[:4]
+
+
+def about(length: float, decimals: int | None = None) -> str:
+    """A length that was not measured, to two digits or with `decimals` places: `13K`, `6.8K`, `900`."""
+    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
+        if length >= size:
+            value = length / size
+            places = (0 if value >= 9.95 else 1) if decimals is None else decimals
+            return f"{value:.{places}f}{letter}"
+    return f"{length:.0f}"
+
+
+def about_range(low: float, high: float | None) -> str:
+    """An interval of lengths, with as many digits as tell its ends apart: `12K to 14K`, `31.8K to 32.3K`."""
+    if high is None:
+        return f"{about(low)} or more"
+    for decimals in (None, 1, 2):
+        ends = about(low, decimals), about(high, decimals)
+        if ends[0] != ends[1]:
+            return f"{ends[0]} to {ends[1]}"
+    return ends[0]
+
+
+def _crossing(crossing: Crossover | None) -> str | None:
+    if crossing is None or crossing.at is None or not crossing.faster_after:
+        return None
+    range_ = f" (95%: {about_range(crossing.low, crossing.high)})" if crossing.low is not None else ""
+    if crossing.extrapolated:
+        return f"Its law would have it overtake {BASE} at about {about(crossing.at)} tokens{range_}, beyond the range."
+    return f"It overtakes {BASE} at about {about(crossing.at)} tokens{range_}."
+
+
+def _growing(winner: Growth, found: Sequence[Growth], base: str) -> str | None:
+    """How the winner's time and Dense's grow. A local slope says over which range, and claims no more."""
+    dense = next((g for g in found if g.curve.block == base and g.curve.setting == winner.curve.setting), None)
+    if winner.time is None:
+        if winner.said and "launch" in winner.said:
+            text = "Most of its times are those of launching kernels, so they do not say how it grows"
+            return text + (f"; add {_listed(winner.missing)}." if winner.missing else ".")
+        return None
+    text = f"Its time grows as {_exponent(winner.time)}"
+    if dense and dense is not winner and dense.time:
+        text += f", {base}'s as {_exponent(dense.time)}"
+    if not winner.time.is_law:
+        text += f", from {about(winner.time.shortest)} to {about(winner.time.longest)} alone"
+    return text + "."
+
+
+def _exponent(law: Law) -> str:
+    return f"T^{law.exponent:.2f} ({law.word})"
+
+
+def _listed(lengths: Sequence[int]) -> str:
+    words = [about(t) if t % 1024 else f"{t // 1024}K" for t in lengths]
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _memory(rows: Sequence[BenchmarkResult], best: Best) -> str | None:
+    """Who needs least memory at the longest length, and how much less than Dense."""
+    name = next(iter(best.memory), None)
+    if name is None or BASE in best.memory:
+        return None
+    peaks = [(str(row.block_name), METRICS["memory"].value(row)) for row in rows]
+    least = min((peak for block, peak in peaks if block == name and peak), default=None)
+    base = min((peak for block, peak in peaks if block == BASE and peak), default=None)
+    if least is None or base is None:
+        return None
+    return f"{name} needs the least memory there, {least / base:.2g} of {BASE}'s."

@@ -1,0 +1,279 @@
+"""What a run says, for people: growth, crossovers, best blocks and the summary, as text that fits any width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from longctx.analysis.best import Best
+from longctx.analysis.conclusions import Conclusions, about, about_range, conclude
+from longctx.analysis.crossover import Crossover
+from longctx.analysis.curves import Growth
+from longctx.analysis.laws import Law
+from longctx.results import BenchmarkResult
+from longctx.terminal import format as fmt
+from longctx.terminal.tables import Column, layout
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+GROWTH_HEAD = "Growth with length, y = floor + factor T^k (95% interval of k)"
+CROSSING_HEAD = "Crossovers"
+BEST_HEAD = "Best at each length"
+
+
+def growth_table(found: Sequence[Growth], width: int, *, ascii_only: bool = False) -> Text:
+    """Exponents of time and memory with intervals, the word for them, floor, lengths, and what is missing for a law."""
+    from rich.text import Text
+
+    if not found:
+        return Text()
+    columns = [
+        Column(header="block", cells=[fmt.plain(g.curve.name) for g in found], right=False, flexible=True),
+        Column(header="time k", cells=[exponent(g.time) for g in found]),
+        Column(header="95%", cells=[interval(g.time) for g in found], keep=7),
+        Column(header="time is", cells=[time_word(g) for g in found], keep=8, right=False),
+        Column(header="floor", cells=[floor(g.time) for g in found], keep=3),
+        Column(header="memory k", cells=[exponent(g.memory) for g in found], keep=6),
+        Column(header="memory is", cells=[g.memory.word if g.memory else fmt.NONE for g in found], keep=2, right=False),
+        Column(header="fit", cells=[kind(g.time or g.memory) for g in found], keep=4, right=False),
+        Column(header="lengths", cells=[span(g.time or g.memory) for g in found], keep=1, right=False),
+    ]
+    columns = [c for c in columns if c.keep is None or set(c.cells) != {fmt.NONE}]
+    return layout(columns, width, ascii_only=ascii_only)
+
+
+def exponent(law: Law | None) -> str:
+    """`1.02`"""
+    return f"{law.exponent:.2f}" if law else fmt.NONE
+
+
+def interval(law: Law | None) -> str:
+    """`0.98 to 1.06`"""
+    if law is None or law.low is None or law.high is None:
+        return fmt.NONE
+    return f"{law.low:.2f} to {law.high:.2f}"
+
+
+def floor(law: Law | None) -> str:
+    """The part of the time that does not grow, `none` where the points show no such part."""
+    if law is None or not law.is_law:
+        return fmt.NONE
+    return fmt.duration(law.floor) if law.floor else "none"
+
+
+def kind(law: Law | None) -> str:
+    """`law` or `local slope`"""
+    return fmt.NONE if law is None else "law" if law.is_law else "local slope"
+
+
+def span(law: Law | None) -> str:
+    """`1K to 64K`"""
+    return fmt.NONE if law is None else f"{fmt.tokens(law.shortest)} to {fmt.tokens(law.longest)}"
+
+
+def time_word(growth: Growth) -> str:
+    """linear, quadratic and so on, or why there is no exponent."""
+    return growth.time.word if growth.time else growth.said or fmt.NONE
+
+
+def advice_lines(found: Sequence[Growth]) -> list[str]:
+    """One line for each set of lengths that would make laws: `add 16K to make it a law: BLADE, Dense`."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for growth in found:
+        if growth.missing:
+            groups.setdefault(growth.missing, []).append(fmt.shorten(fmt.plain(growth.curve.name), 40))
+    lines = []
+    for missing, names in groups.items():
+        it = "it a law" if len(names) == 1 else "them laws"
+        lines.append(f"add {', '.join(map(fmt.tokens, missing))} to make {it}: {', '.join(names)}")
+    return lines
+
+
+def crossing_line(crossing: Crossover) -> str:
+    """One crossover in words: `BLADE: faster than Dense from 13K on (95% 12K to 14K)`."""
+    a, b = (fmt.shorten(fmt.plain(name), 40) for name in (crossing.a, crossing.b))
+    if crossing.verdict == "none":
+        return f"{a}: {crossing.reason} with {b}"
+    span_ = _measured(crossing)
+    if crossing.verdict == "level":
+        return f"{a}: level with {b} at every length, {span_}"
+    if crossing.verdict == "below":
+        text = f"{a}: always below {b}, {span_}"
+    elif crossing.verdict == "above":
+        text = f"{a}: never below {b} within {span_}"
+        return text + (f"; beyond: {crossing.reason}" if crossing.reason else "")
+    else:
+        word = "faster" if crossing.faster_after else "slower"
+        text = f"{a}: {word} than {b} from {about(crossing.at)} on"
+        if crossing.low is not None:
+            text += f" (95% {about_range(crossing.low, crossing.high)})"
+        if crossing.extrapolated:
+            text += f", extrapolated beyond {span_}"
+        elif crossing.crossings > 1:
+            text += f", the last of {crossing.crossings} crossings"
+    return text
+
+
+def _measured(crossing: Crossover) -> str:
+    if crossing.shortest == crossing.longest:
+        return f"at {fmt.tokens(crossing.shortest)}"
+    return f"{fmt.tokens(crossing.shortest)} to {fmt.tokens(crossing.longest)}"
+
+
+def best_table(found: Sequence[Best], width: int, *, ascii_only: bool = False) -> Text:
+    """Best block of each length by time, memory and energy, and the Pareto set of time and memory."""
+    from rich.text import Text
+
+    if not found:
+        return Text()
+    columns = [
+        Column(header="tokens", cells=[fmt.tokens(b.length) for b in found]),
+        Column(header="setting", cells=[fmt.plain(b.setting) or fmt.NONE for b in found], right=False, flexible=True),
+        *(
+            Column(header=head, cells=[names(getattr(b, field)) for b in found], right=False, flexible=True)
+            for head, field in (("least time", "time"), ("least memory", "memory"), ("least energy", "energy"))
+        ),
+        Column(header="Pareto set", cells=[names(b.pareto, 6) for b in found], right=False, flexible=True),
+    ]
+    columns = [c for c in columns if set(c.cells) != {fmt.NONE}]
+    flexible = [c for c in columns if c.flexible]
+    fixed = sum(c.natural for c in columns if not c.flexible)
+    if fixed + sum(c.natural for c in flexible) + 2 * (len(columns) - 1) > width:
+        return _lined(map(_best_line, found), width, ascii_only=ascii_only)
+    return layout(columns, width, ascii_only=ascii_only)
+
+
+def _best_line(best: Best) -> str:
+    """The same as one line, for screens that the table does not fit."""
+    fields = {"time": best.time, "memory": best.memory, "energy": best.energy, "Pareto": best.pareto}
+    head = fmt.tokens(best.length) + (f" ({fmt.plain(best.setting)})" if best.setting else "")
+    return f"{head}: " + "; ".join(f"{name} {names(who, 6)}" for name, who in fields.items() if who)
+
+
+def names(found: Sequence[str], most: int = 3) -> str:
+    """Up to `most` names, the first the best: `Dense, BLADE +2`; `-` of none."""
+    if not found:
+        return fmt.NONE
+    shown = ", ".join(fmt.shorten(fmt.plain(name), 24) for name in found[:most])
+    return shown + (f" +{len(found) - most}" if len(found) > most else "")
+
+
+def _lined(lines: Iterable[str], width: int, *, ascii_only: bool) -> Text:
+    """Lines broken at words into `width`, what goes on indented."""
+    import textwrap
+
+    from rich.text import Text
+
+    broken = [
+        part for line in lines for part in textwrap.wrap(line, max(12, width), subsequent_indent="  ") if part.strip()
+    ]
+    text = "\n".join(broken)
+    return Text(text.encode("ascii", "replace").decode() if ascii_only else text, no_wrap=True, overflow="ignore")
+
+
+def summary_text(sentences: Sequence[str], width: int, *, ascii_only: bool = False) -> Text:
+    """The sentences as one paragraph."""
+    text = _lined([fmt.plain(" ".join(sentences))], width, ascii_only=ascii_only)
+    text.plain = text.plain.replace("\n  ", "\n")
+    return text
+
+
+def sections(
+    found: Conclusions, width: int, *, ascii_only: bool = False, extra: Sequence[Crossover] | None = None
+) -> list[tuple[str, Text]]:
+    """(title, body) of growth, crossovers and best blocks, those without content left out.
+
+    extra: crossovers asked for, in place of those against Dense.
+    """
+    crossings = found.crossovers if extra is None else extra
+    growth = growth_table(found.growths, width, ascii_only=ascii_only)
+    if advice := advice_lines(found.growths):
+        growth.append("\n").append_text(_lined(advice, width, ascii_only=ascii_only))
+    parts = [
+        (GROWTH_HEAD if width >= 70 else "Growth with length, T^k", growth),
+        (CROSSING_HEAD, _lined(map(crossing_line, crossings), width, ascii_only=ascii_only)),
+        (BEST_HEAD, best_table(found.best, width, ascii_only=ascii_only)),
+    ]
+    return [(title, body) for title, body in parts if body.plain.strip()]
+
+
+def short_form(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
+    """What ends a sweep: exponents and crossovers where there are several lengths, and the summary in bold."""
+    from rich.text import Text
+
+    found = conclude(results)
+    text = Text(no_wrap=True, overflow="ignore")
+    for title, body in sections(found, width, ascii_only=ascii_only)[:2]:
+        if title != BEST_HEAD:
+            text.append(f"{title}\n", style="bold").append_text(body).append("\n\n")
+    if found.sentences:
+        said = summary_text(found.sentences, width, ascii_only=ascii_only)
+        said.stylize("bold")
+        text.append_text(said)
+    text.rstrip()
+    return text
+
+
+# -- documents -----------------------------------------------------------------------------------------------------
+
+
+def law_document(law: Law | None) -> dict[str, Any] | None:
+    """A law as plain data. Times in seconds, memory in bytes, lengths in tokens."""
+    if law is None:
+        return None
+    return {
+        "kind": "law" if law.is_law else "local slope",
+        "exponent": law.exponent,
+        "exponent_ci95": None if law.low is None else [law.low, law.high],
+        "word": law.word,
+        "floor": law.floor if law.is_law else None,
+        "factor": law.factor,
+        "lengths": [t for t, _ in law.points],
+        "missing_lengths": list(law.missing),
+    }
+
+
+def findings_document(found: Conclusions, extra: Sequence[Crossover] | None = None) -> dict[str, Any]:
+    """Laws, crossovers, best blocks and summary as plain data."""
+    return {
+        "laws": [
+            {
+                "name": g.curve.name,
+                "block_name": g.curve.block,
+                "time": law_document(g.time),
+                "time_has_none_because": g.said or None,
+                "missing_lengths": list(g.missing),
+                "memory": law_document(g.memory),
+            }
+            for g in found.growths
+        ],
+        "crossovers": [
+            {
+                "a": c.a,
+                "b": c.b,
+                "verdict": c.verdict,
+                "tokens": c.at,
+                "tokens_ci95": None if c.low is None else [c.low, c.high],
+                "a_is_faster_after": c.faster_after,
+                "extrapolated": c.extrapolated,
+                "range": [c.shortest, c.longest] if c.shortest else None,
+                "crossings": c.crossings,
+                "reason": c.reason or None,
+                "words": crossing_line(c),
+            }
+            for c in (found.crossovers if extra is None else extra)
+        ],
+        "best": [
+            {
+                "sequence_length": b.length,
+                "setting": b.setting or None,
+                "time": b.time,
+                "memory": b.memory,
+                "energy": b.energy,
+                "pareto": b.pareto,
+            }
+            for b in found.best
+        ],
+        "summary": found.sentences,
+    }

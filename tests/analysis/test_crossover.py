@@ -1,0 +1,118 @@
+"""Where two curves cross, what is best, and what is said of it."""
+
+import numpy as np
+import pytest
+
+from longctx.analysis.best import best_blocks
+from longctx.analysis.conclusions import about, about_range, conclude
+from longctx.analysis.crossover import crossover
+from longctx.analysis.curves import curves, growths
+from longctx.results import BenchmarkResult
+
+LENGTHS = [1024 << i for i in range(7)]
+
+
+def rows(name, time, lengths=LENGTHS, *, noise=0.0, seed=0, peak=None, **fields):
+    generator = np.random.default_rng(seed)
+    # The rounds' shares are those of all blocks: pairs of the same round are free of them.
+    found = []
+    for t in lengths:
+        samples = [[float(time(t) * c * (1 + noise * generator.normal()))] * 3 for c in (1.0, 1.3, 0.9)]
+        middle = float(np.median([values[0] for values in samples]))
+        shared = {"forward_time_median": middle, "samples": samples, "peak_memory_mb": peak and peak * t}
+        found.append(BenchmarkResult(block_name=name, sequence_length=t, **(shared | fields)))
+    return found
+
+
+def crossing(a, b, **options):
+    first, second = growths(curves([*rows("A", a, **options), *rows("Dense", b, **({"seed": 1} | options))]))
+    return crossover(first, second)
+
+
+def test_inside_the_range():
+    found = crossing(lambda t: 1e-3 + 1e-8 * t, lambda t: 1e-7 * t)
+    assert found.verdict == "crosses" and found.faster_after and not found.extrapolated
+    assert found.at == pytest.approx(1e-3 / 9e-8, rel=0.05)
+    other = crossing(lambda t: 1e-7 * t, lambda t: 1e-3 + 1e-8 * t)
+    assert other.at == pytest.approx(found.at) and not other.faster_after
+
+
+def test_the_interval_holds_the_crossing():
+    # Power laws: straight on log-log axes, so that interpolation is exact and noise alone is left.
+    true = 1024 * 2**3.3
+    held = []
+    for seed in range(100):
+        pair = [
+            *rows("A", lambda t: 1e-3, noise=0.02, seed=seed),
+            *rows("Dense", lambda t: 1e-3 * t / true, noise=0.02, seed=seed + 1000),
+        ]
+        found = crossover(*growths(curves(pair)))
+        held.append(found.low <= true <= found.high)
+    assert 0.90 <= np.mean(held) <= 1.0
+
+
+def test_always_and_level():
+    assert crossing(lambda t: 1e-8 * t, lambda t: 1e-7 * t).verdict == "below"
+    assert crossing(lambda t: 1e-7 * t, lambda t: 1e-8 * t).verdict == "above"
+    assert crossing(lambda t: 1e-7 * t, lambda t: 1e-7 * t * 1.001, noise=0.02).verdict == "level"
+
+
+def test_beyond_the_range_it_is_an_extrapolation_or_refused():
+    at = 3 * LENGTHS[-1]
+    found = crossing(lambda t: 1e-8 * t * at, lambda t: 1e-8 * t**2, noise=0.01)
+    assert found.extrapolated and found.faster_after
+    assert found.low <= at <= found.high and found.at == pytest.approx(at, rel=0.05)
+    far = crossing(lambda t: 1e-8 * t * 40 * LENGTHS[-1], lambda t: 1e-8 * t**2, noise=0.01)
+    assert far.verdict == "above" and far.at is None and "8 times" in far.reason
+    parallel = crossing(lambda t: 3e-8 * t, lambda t: 1e-8 * t**1.001, noise=0.02)
+    assert parallel.verdict == "above" and any(word in parallel.reason for word in ("overlap", "slowly"))
+    few = crossing(lambda t: 1e-8 * t * at, lambda t: 1e-8 * t**2, lengths=LENGTHS[-3:])
+    assert few.verdict == "above" and "few lengths" in few.reason
+
+
+def test_curves_of_different_settings_do_not_mix():
+    run = [*rows("A", lambda t: 1e-7 * t, dtype="fp32"), *rows("Dense", lambda t: 1e-8 * t, dtype="bf16")]
+    assert conclude(run).crossovers == []
+    assert [c.name for c in curves(run)] == ["A fp32", "Dense bf16"]
+
+
+def test_a_run_says_who_is_best():
+    run = [
+        *rows("Dense", lambda t: 1e-11 * t**2, peak=1.0, joules_per_token=2.0),
+        *rows("BLADE", lambda t: 1e-7 * t, peak=0.1, joules_per_token=1.0),
+        *rows("Big", lambda t: 2e-7 * t, peak=2.0),
+        *rows("Identity", lambda t: 1e-9 * t, peak=0.01),
+    ]
+    best = best_blocks(run)
+    assert [b.time for b in best] == [["Dense"]] * 3 + [["Dense"]] + [["BLADE"]] * 3
+    assert all(b.memory == ["BLADE"] and b.energy == ["BLADE"] for b in best)
+    assert best[0].pareto == ["Dense", "BLADE"] and best[-1].pareto == ["BLADE"]
+    said = " ".join(found := conclude(run).sentences)
+    assert 1 <= len(found) <= 4
+    for words in ("BLADE is the fastest", "overtakes Dense at about 9.8K", "T^1.00 (linear)", "T^2.00 (quadratic)"):
+        assert words in said, said
+    assert "least memory there, 0.1 of Dense's" in said
+
+
+def test_doubts_close_the_summary():
+    run = [*rows("Dense", lambda t: 1e-7 * t), *rows("A", lambda t: 1e-8 * t, warnings=["contended"])]
+    said = conclude(run).sentences
+    assert said[-1] == "This is not a firm result: contended." and len(said) <= 4
+    assert conclude([]).sentences == []
+
+
+def test_launch_bound_rows_give_no_exponent():
+    run = [
+        *rows("A", lambda t: 1e-4, warnings=["launch_bound"]),
+        *rows("Dense", lambda t: 2e-4, warnings=["launch_bound"]),
+    ]
+    found = conclude(run)
+    assert [g.said for g in found.growths] == ["launch-bound"] * 2 and found.growths[0].time is None
+    assert min(found.growths[0].missing) > LENGTHS[-1]
+    assert "launching kernels" in " ".join(found.sentences)
+
+
+def test_lengths_in_words():
+    assert (about(900), about(6963), about(13312), about(3 << 20)) == ("900", "6.8K", "13K", "3.0M")
+    assert about_range(13312, 15000) == "13K to 15K" and about_range(32600, 32900) == "31.8K to 32.1K"
+    assert about_range(1024, None) == "1.0K or more"
