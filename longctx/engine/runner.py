@@ -414,7 +414,7 @@ class Sweep:
         if event["event"] != "done":
             return event, worker
         found = event["found"]
-        if found["status"] not in ("ok", "unsupported"):
+        if found["status"] not in ("ok", "unsupported", "wrong"):
             # A process in which something went wrong measures nothing more: it may be left in any state.
             if found["error"] and not found["error"].get("log_tail"):
                 found["error"]["log_tail"] = worker.log_tail() or None

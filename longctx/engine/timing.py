@@ -44,6 +44,7 @@ SLOW_S, SLOW_BUDGET_S, VERY_SLOW_S = 1.0, 10.0, 10.0
 COOL_DOWN_S = (0.5, 1.0, 2.0)
 """Pauses for a GPU that is too hot; after the last one it is measured as it is, and marked."""
 
+SHORT_CALL_S = 5e-3
 LONG_CALL_S = 20e-3
 """In a call of this length what happens at its beginning hardly counts."""
 
@@ -375,13 +376,14 @@ class _CudaClock:
         """Few calls on an idle device: is the device still at work when the stream has finished?
 
         The host's time is read here too: beside a full queue it would be the device's. It is that of a second call,
-        since the first one after a pause finds cold caches, as none in a row of calls does.
+        since the first one after a pause finds cold caches, as none in a row of calls does; beside a long call the
+        host may have to wait for the device, and the cold caches hardly count.
         """
         rests = []
         for _ in range(1 if call_s > SLOW_S else 5):
             self.calls.prepare()
             torch.cuda.synchronize(self.device)
-            if call_s <= SLOW_S and self.calls.before_sample is None:
+            if call_s <= SHORT_CALL_S and self.calls.before_sample is None:
                 self.calls.next()
             began = time.perf_counter_ns()
             self.calls.next()

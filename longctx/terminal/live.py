@@ -73,7 +73,8 @@ class SweepView:
     @property
     def rows(self) -> int:
         """Rows that stand in the results so far."""
-        return len(self.results)
+        # An interruption may come between the saving of a row and the word that it is there.
+        return len(self.finished.results if self.finished else self.results)
 
     @property
     def complete(self) -> bool:

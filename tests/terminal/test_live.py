@@ -266,3 +266,11 @@ def test_the_estimate_leaves_out_what_was_checked_only_once(monkeypatch: pytest.
         clock.now += 5.0
         view.update(CellFinished(cell=cell, round=0, result=ok(cell, gate_s=3.0, first_call_s=1.0)))
     assert view.estimate.remaining_s() == pytest.approx(2.0)
+
+
+def test_a_row_that_was_saved_as_the_interruption_came_is_counted() -> None:
+    cells = make_cells(["Dense"], [1024, 2048])
+    view = SweepView(console_of())
+    view.update(started(cells))
+    view.update(SweepFinished(results=(ok(cells[0]),), complete=False, reason="interrupted"))
+    assert view.rows == 1
