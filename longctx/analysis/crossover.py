@@ -25,9 +25,10 @@ DRAWS = 400
 class Crossover:
     """Where the times of curves `a` and `b` cross. Lengths in tokens, all None where they do not.
 
-    verdict: `crosses` inside the range, `extrapolated` beyond it, `below` (a faster at every length), `above` (slower
-    at every length), `level` (no length tells them apart), `none` (no length in common). faster_after: whether a is
-    the faster one past the crossing. low, high: 95% interval, None for an end that nothing bounds.
+    verdict: `crosses` inside the range, `extrapolated` beyond it, `below` (a faster at every length that is not
+    `untold`), `above` (slower at all of those), `level` (no length tells them apart), `none` (no length in common).
+    faster_after: whether a is the faster one past the crossing. low, high: 95% interval, None for an end that nothing
+    bounds.
     """
 
     a: str
@@ -41,6 +42,8 @@ class Crossover:
     faster_after: bool | None = None
     crossings: int = 0
     """How often the sign changes; the last change is told."""
+    untold: tuple[int, ...] = ()
+    """Lengths at which the noise hides which of the two is faster."""
     reason: str = ""
     """Why nothing is said of the lengths beyond the range."""
 
@@ -84,6 +87,7 @@ def crossover(a: Growth, b: Growth) -> Crossover:
             **names, verdict="crosses", at=at, low=low, high=high, faster_after=after, crossings=len(changes)
         )
     slower = signs[told[0]] > 0
+    names["untold"] = tuple(t for t, sign in zip(lengths, signs, strict=True) if not sign)
     names["verdict"] = "above" if slower else "below"
     return _beyond(a.time, b.time, names, slower=slower)
 

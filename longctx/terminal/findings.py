@@ -100,8 +100,12 @@ def crossing_line(crossing: Crossover) -> str:
         return f"{a}: level with {b} at every length, {span_}"
     if crossing.verdict == "below":
         text = f"{a}: always below {b}, {span_}"
+        if crossing.untold:
+            text = f"{a}: below {b} within {span_}, too noisy to tell at {_places(crossing.untold)}"
     elif crossing.verdict == "above":
         text = f"{a}: never below {b} within {span_}"
+        if crossing.untold:
+            text = f"{a}: above {b} within {span_}, too noisy to tell at {_places(crossing.untold)}"
         return text + (f"; beyond: {crossing.reason}" if crossing.reason else "")
     else:
         word = "faster" if crossing.faster_after else "slower"
@@ -113,6 +117,10 @@ def crossing_line(crossing: Crossover) -> str:
         elif crossing.crossings > 1:
             text += f", the last of {crossing.crossings} crossings"
     return text
+
+
+def _places(lengths: Sequence[int]) -> str:
+    return ", ".join(map(fmt.tokens, lengths))
 
 
 def _measured(crossing: Crossover) -> str:

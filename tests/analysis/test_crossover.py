@@ -8,6 +8,7 @@ from longctx.analysis.conclusions import about, about_range, conclude
 from longctx.analysis.crossover import crossover
 from longctx.analysis.curves import curves, growths
 from longctx.results import BenchmarkResult
+from longctx.terminal.findings import crossing_line
 
 LENGTHS = [1024 << i for i in range(7)]
 
@@ -55,6 +56,20 @@ def test_always_and_level():
     assert crossing(lambda t: 1e-8 * t, lambda t: 1e-7 * t).verdict == "below"
     assert crossing(lambda t: 1e-7 * t, lambda t: 1e-8 * t).verdict == "above"
     assert crossing(lambda t: 1e-7 * t, lambda t: 1e-7 * t * 1.001, noise=0.02).verdict == "level"
+
+
+def test_a_length_that_noise_hides_is_not_claimed():
+    # Three rounds that agree at long lengths, and at short ones not even on who is faster.
+    run = []
+    for length, ratios in ((1024, (0.6, 1.9, 1.6)), (8192, (0.9, 1.5, 1.1)), (65536, (0.14, 0.14, 0.14))):
+        for name, times in (("A", ratios), ("Dense", (1.0, 1.0, 1.0))):
+            samples = [[time] for time in times]
+            row = {"block_name": name, "sequence_length": length, "samples": samples}
+            run.append(BenchmarkResult(**row, forward_time_median=sorted(times)[1]))
+    ((a, dense),) = [growths(curves(run))]
+    found = crossover(a, dense)
+    assert (found.verdict, found.untold) == ("below", (1024, 8192))
+    assert crossing_line(found) == "A: below Dense within 1K to 64K, too noisy to tell at 1K, 8K"
 
 
 def test_beyond_the_range_it_is_an_extrapolation_or_refused():
