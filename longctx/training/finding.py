@@ -1,0 +1,161 @@
+"""Which modules of a model are its sequence-mixing blocks, and what each of them takes.
+
+By type first (our blocks, then what a selector of the user's says, then torch's attention and transformer layers), then
+by the names that such attributes and classes go by.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from longctx import blocks as own_blocks
+from longctx.blocks._shell import PreNormBlock
+from longctx.blocks._spec import BlockSpec
+from longctx.errors import LongctxError
+
+TORCH_TYPES = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+KINDS = ("blade", "dpassm", "longformer", "bigbird")
+NAMES = ("attention_block", "attention", "block", "model")
+"""The attributes in which the published benchmark looks for a block, `model` last."""
+MORE_NAMES = ("attn", "self_attn", "self_attention", "mixer", "token_mixer", "transformer_block", "encoder_layer")
+LIST_NAMES = ("blocks", "layers", "h", "attention_blocks", "attention_layers", "transformer_blocks")
+CLASS_WORDS = (("attention", "attn", "mixer"), ("block",))
+"""What names of classes contain, the surest first."""
+WIDTHS = ("d_model", "embed_dim", "hidden_size", "n_embd", "dim", "embedding_dim")
+HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head", "nhead", "heads")
+
+BlockSelector = Callable[[str, nn.Module], bool]
+"""(path of a module, the module) -> whether it is a block."""
+
+
+@dataclass(kw_only=True, eq=False)
+class FoundBlock:
+    """A module that maps `[B, T, D]` to `[B, T, D]`, and where it was found."""
+
+    path: str
+    module: nn.Module
+    also: list[str] = field(default_factory=list)
+    """Paths of the other modules that have the same shape: a measurement of this one is theirs too."""
+
+    @property
+    def spec(self) -> BlockSpec | None:
+        """Ours, or None for a stranger's block."""
+        return _specs().get(type(self.module))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        if self.spec is None:
+            return {}
+        return {name: getattr(self.module, name) for name in self.spec.defaults if hasattr(self.module, name)}
+
+    def d_model(self, default: int) -> int:
+        """Width of the block's input: as it says, else that of its first layer, else `default`."""
+        if width := _first_int(self.module, WIDTHS):
+            return width
+        for module in self.module.modules():
+            if isinstance(module, nn.Linear):
+                return module.in_features
+            if isinstance(module, nn.LayerNorm):
+                return module.normalized_shape[-1]
+            if width := _first_int(module, WIDTHS):
+                return width
+        return default
+
+    def n_heads(self, default: int) -> int:
+        counts = (_first_int(module, HEADS) for module in self.module.modules())
+        return next((count for count in counts if count), default)
+
+
+def find_blocks(model: nn.Module, selector: BlockSelector | None = None) -> list[FoundBlock]:
+    """The blocks of `model`, each distinct shape once, in the model's order. Raises LongctxError if it has none.
+
+    A block inside a block is a part of it. selector(path, module) -> bool is asked where there are no blocks of ours.
+    """
+    for is_block in _ways(selector):
+        found = _distinct(_outermost(model, is_block))
+        if found:
+            return found
+    listed = [f"{path} ({type(module).__name__})" for path, module in model.named_modules() if path]
+    shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
+    raise LongctxError(
+        f"{type(model).__name__} has no block that could be benchmarked; its modules are {shown or 'none'}",
+        "say which: block_selector=lambda path, module: path.endswith('.mixer')",
+    )
+
+
+def _ways(selector: BlockSelector | None) -> Iterator[BlockSelector]:
+    # What a person says outright goes before what is guessed from a name; that a block of ours is one is no guess.
+    yield lambda path, module: isinstance(module, PreNormBlock)
+    if selector is not None:
+        yield selector
+    yield lambda path, module: isinstance(module, TORCH_TYPES)
+    yield _named_as_one_of_many
+    for name in (*NAMES[:-1], *MORE_NAMES):
+        yield lambda path, module, name=name: path.rpartition(".")[2] == name and not _is_container(module)
+    yield lambda path, module: any(kind in path.rpartition(".")[2].lower() for kind in KINDS)
+    for words in CLASS_WORDS:
+        yield lambda path, module, words=words: any(word in type(module).__name__.lower() for word in words)
+    yield lambda path, module: path == NAMES[-1] and not _is_container(module)
+
+
+def _named_as_one_of_many(path: str, module: nn.Module) -> bool:
+    parts = path.split(".")
+    return len(parts) > 1 and parts[-1].isdigit() and parts[-2] in LIST_NAMES and not isinstance(module, nn.Linear)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Identity)
+
+
+def _outermost(model: nn.Module, is_block: BlockSelector) -> Iterable[FoundBlock]:
+    inside: str | None = None
+    for path, module in model.named_modules():
+        if not path or (inside is not None and path.startswith(inside)):
+            continue
+        if is_block(path, module):
+            inside = f"{path}."
+            yield FoundBlock(path=path, module=module)
+
+
+def _distinct(found: Iterable[FoundBlock]) -> list[FoundBlock]:
+    by_shape: dict[str, FoundBlock] = {}
+    for block in found:
+        first = by_shape.setdefault(signature(block.module), block)
+        if first is not block:
+            first.also.append(block.path)
+    return list(by_shape.values())
+
+
+def signature(module: nn.Module) -> str:
+    """Equal for two modules that do the same work: classes, plain attributes, shapes and formats of all tensors."""
+    digest = hashlib.sha256()
+    for path, each in module.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(each).items()
+            if name != "training" and isinstance(value, bool | int | float | str | tuple)
+        }
+        tensors = {
+            name: (tuple(value.shape), str(value.dtype))
+            for name, value in {**each._parameters, **each._buffers}.items()
+            if value is not None
+        }
+        place = f"{type(each).__module__}.{type(each).__qualname__}"
+        digest.update(repr((path, place, sorted(plain.items()), sorted(tensors.items()))).encode())
+    return digest.hexdigest()
+
+
+def _first_int(module: nn.Module, names: Iterable[str]) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+
+@functools.cache
+def _specs() -> dict[Any, BlockSpec]:
+    return {spec.build: spec for spec in map(own_blocks.load, own_blocks.names())}
