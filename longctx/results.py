@@ -57,6 +57,8 @@ class BenchmarkResult:
     warnings: list[str] = field(default_factory=list)
     mode: str = "forward"
     dtype: str | None = None
+    training_step: int | None = None
+    """Optimizer steps that had been made, of a row that was measured while a model was trained."""
     block_target: str | None = None
     block_options: dict[str, Any] = field(default_factory=dict)
     forward_time_median: float | None = None
@@ -233,6 +235,7 @@ def _object(value: Any) -> dict[str, Any] | None:
 
 _CLEAN = {
     "int": _count,
+    "int | None": _count,
     "float | None": _number,
     "str": _text,
     "str | None": _text,

@@ -73,6 +73,7 @@ def full_result(**values) -> BenchmarkResult:
         "warnings": ["unstable", "throttled"],
         "mode": "train",
         "dtype": "bf16",
+        "training_step": 300,
         "block_target": "path/to/file.py:TheirBlock",
         "block_options": {"window": 64, "causal": True, "kind": "é", "scale": None},
         "forward_time_median": 0.25,
@@ -120,6 +121,12 @@ def test_a_file_with_only_the_published_fields_is_read(tmp_path):
     assert found.ok
     assert found.time_s == 0.25
     assert (found.mode, found.samples, found.key, found.error) == ("forward", [], None, None)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, "100", None, 1e300])
+def test_a_step_that_no_training_makes_is_none(tmp_path, step):
+    (found,) = read_results(write(tmp_path / "run.json", [{**FOREIGN, "training_step": step}]))
+    assert found.training_step is None
 
 
 def test_name_and_length_are_enough(tmp_path):

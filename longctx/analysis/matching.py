@@ -28,6 +28,7 @@ class Traits:
     batch_size: int
     mode: str
     dtype: str | None
+    training_step: int | None
     options: str
     d_model: Any
     n_heads: Any
@@ -49,6 +50,7 @@ class Traits:
             batch_size=result.batch_size,
             mode=result.mode,
             dtype=result.dtype,
+            training_step=result.training_step,
             options=json.dumps(options, sort_keys=True, default=str),
             layers=_plain(config.get("layers", 1)),
             scope=_plain(config.get("scope", "block")),

@@ -61,12 +61,13 @@ def _samples(result: BenchmarkResult) -> list[list[float]]:
 
 
 def comparable(result: BenchmarkResult) -> tuple:
-    """What two rows must share to be compared: length, batch, mode, dtype, model shape and device."""
+    """What two rows must share to be compared: length, batch, mode, dtype, training step, model shape and device."""
     config = result.config if isinstance(result.config, dict) else {}
     environment = result.environment if isinstance(result.environment, dict) else {}
     shape = (str(config.get(name)) for name in ("d_model", "n_heads", "num_kv_heads"))
     device = str(environment.get("gpu") or environment.get("cpu") or config.get("device") or "")
-    return (result.sequence_length, result.batch_size, result.mode, result.dtype, *shape, device)
+    setting = (result.batch_size, result.mode, result.dtype, result.training_step)
+    return (result.sequence_length, *setting, *shape, device)
 
 
 def base_of(result: BenchmarkResult, results: Iterable[BenchmarkResult], name: str = BASE) -> BenchmarkResult | None:

@@ -119,7 +119,7 @@ def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tu
     """The curves of `runs` (label of a file -> its rows), and the rows that have no point.
 
     A row's curve is its block, with whatever else differs among all rows added to the name: dtype, batch,
-    mode, model shape, file. Of two rows for the same point the later one counts.
+    mode, model shape, training step, file. Of two rows for the same point the later one counts.
     """
     rows = [(label, result) for label, results in runs.items() for result in results]
     varying = _varying(result for _, result in rows)
@@ -165,6 +165,7 @@ def _traits(result: BenchmarkResult) -> dict[str, Any]:
         "D": config.get("d_model"),
         "H": config.get("n_heads"),
         "G": config.get("num_kv_heads"),
+        "step": result.training_step,
     }
 
 

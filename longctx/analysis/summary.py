@@ -46,9 +46,9 @@ def rankings(results: Iterable[BenchmarkResult]) -> list[Ranking]:
     settings = {key[1:] for key, rows in found.items() if rows}
     ranked = []
     for key, rows in sorted(found.items(), key=lambda item: item[0][0]):
-        batch, mode, dtype, device = *key[1:4], key[-1]
-        words = filter(None, [mode, dtype or "dtype not recorded", f"batch {batch}", device])
-        setting = ", ".join(map(str, words)) if len(settings) > 1 else ""
+        (batch, mode, dtype, step), device = key[1:5], key[-1]
+        words = [mode, dtype or "dtype not recorded", f"batch {batch}", step is not None and f"step {step:,}", device]
+        setting = ", ".join(map(str, filter(None, words))) if len(settings) > 1 else ""
         if rows:
             ranked.append(Ranking(length=key[0], setting=setting, rows=rows))
     return ranked

@@ -216,11 +216,13 @@ def _cuda_state() -> list[Callable[[], Any]]:
     if not torch.cuda.is_initialized():
         return []
     index = torch.cuda.current_device()
-    stream, seed = torch.cuda.current_stream(index), torch.cuda.get_rng_state(index)
+    stream = torch.cuda.current_stream(index)
+    # Generators live on the host: reading those of GPUs that are not used makes no context there.
+    seeds = torch.cuda.get_rng_state_all()
     return [
         lambda: torch.cuda.set_device(index),
         lambda: torch.cuda.set_stream(stream),
-        lambda: torch.cuda.set_rng_state(seed, index),
+        lambda: torch.cuda.set_rng_state_all(seeds),
     ]
 
 

@@ -105,7 +105,7 @@ def measure_cell(
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            found |= _fault(error)
+            found |= fault_of(error)
     gc.collect()
     if device.type == "cuda":
         # After a device-side fault even this raises; the supervisor replaces the worker then.
@@ -144,7 +144,7 @@ def _measure(
         warmed, call_s = _gate(cell, plan, device, loaded, x, gate_cache, found)
         if found["status"] != "ok":
             return
-    run = _Run(cell, loaded, x)
+    run = Run(cell, loaded, x)
     if cell.mode != "forward":
         warmed, call_s = 0, None
     if plan.timing:
@@ -220,7 +220,7 @@ def _time(
     cell: Cell,
     plan: Plan,
     device: torch.device,
-    run: _Run,
+    run: Run,
     emit: Emit,
     *,
     warmed: int,
@@ -251,7 +251,7 @@ def _time(
         )
 
 
-def _captured(run: _Run) -> Callable[[], None]:
+def _captured(run: Run) -> Callable[[], None]:
     """The call as a CUDA graph, to be replayed on the input it was captured with."""
     if run.cell.mode != "forward":
         raise NotImplementedError(f"a CUDA graph is measured in mode forward, not {run.cell.mode}")
@@ -278,7 +278,7 @@ def make_input(cell: Cell, device: torch.device, *, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[cell.dtype])
 
 
-class _Run:
+class Run:
     """The call that a cell's mode is about.
 
     forward: y of x. prefill: (y, state) of x. decode: one step after x; a stream goes on from step to step and is
@@ -331,7 +331,7 @@ class _Run:
         return y.detach()
 
 
-def _fault(error: BaseException) -> dict[str, Any]:
+def fault_of(error: BaseException) -> dict[str, Any]:
     """The status and error of a cell whose block raised."""
     text = str(error).strip() or type(error).__name__
     lower = text.lower()

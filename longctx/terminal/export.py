@@ -37,6 +37,7 @@ COLUMNS = (
     "batch_size",
     "mode",
     "dtype",
+    "training_step",
     "status",
     "forward_time_median",
     "forward_time_mean",

@@ -163,6 +163,7 @@ def _setting_columns(rows: Sequence[BenchmarkResult]) -> list[Column]:
         "batch": lambda r: r.batch_size,
         "dtype": lambda r: r.dtype or fmt.NONE,
         "mode": lambda r: r.mode,
+        "step": lambda r: fmt.NONE if r.training_step is None else f"{r.training_step:,}",
         "width": lambda r: r.config.get("d_model", fmt.NONE) if isinstance(r.config, dict) else fmt.NONE,
     }
     columns = []

@@ -8,6 +8,7 @@ Works with Trainers and modules of `lightning` and of `pytorch_lightning`.
 from __future__ import annotations
 
 from longctx.config import BenchmarkConfig
+from longctx.results import BenchmarkResult
 from longctx.training.callback import BenchmarkCallback
 from longctx.training.cell import run_lightning_cell
 from longctx.training.data import SyntheticTextDataModule
@@ -16,7 +17,6 @@ from longctx.training.factory import (
     create_benchmark_config_for_lightning,
     create_lightning_trainer_with_benchmark,
 )
-from longctx.training.measuring import TrainingBenchmarkResult
 from longctx.training.model import LongContextLM
 from longctx.training.runner import LightningBenchmarkRunner
 from longctx.training.throughput import Throughput, ThroughputCallback
@@ -24,12 +24,12 @@ from longctx.training.throughput import Throughput, ThroughputCallback
 __all__ = [
     "BenchmarkCallback",
     "BenchmarkConfig",
+    "BenchmarkResult",
     "LightningBenchmarkRunner",
     "LongContextLM",
     "SyntheticTextDataModule",
     "Throughput",
     "ThroughputCallback",
-    "TrainingBenchmarkResult",
     "benchmark_during_training",
     "create_benchmark_config_for_lightning",
     "create_lightning_trainer_with_benchmark",

@@ -14,11 +14,11 @@ from torch import nn
 
 from longctx.config import BenchmarkConfig
 from longctx.errors import LongctxError, UsageError
-from longctx.results import prove_writable, read_records
+from longctx.results import BenchmarkResult, prove_writable, read_results
 from longctx.training.calls import Circumstances
 from longctx.training.finding import find_blocks
 from longctx.training.isolation import untouched
-from longctx.training.measuring import TrainingBenchmarkResult, append_rows, measure_blocks
+from longctx.training.measuring import append_rows, measure_blocks
 from longctx.training.packages import Callback
 
 LOGGED = {
@@ -62,7 +62,7 @@ class BenchmarkCallback(Callback):
         self.benchmark_frequency = frequency
         self.save_results = save_results
         self.at_start, self.per_rank, self.block_selector = at_start, per_rank, block_selector
-        self.benchmark_results: list[TrainingBenchmarkResult] = []
+        self.benchmark_results: list[BenchmarkResult] = []
         self.results_path: Path | None = None
         """Where rows are saved; known once training has begun."""
         self.seconds = 0.0
@@ -84,7 +84,7 @@ class BenchmarkCallback(Callback):
             self.results_path = self.results_path or self._new_path(trainer)
             prove_writable(self.results_path.parent)
             if self.results_path.exists():
-                read_records(self.results_path)
+                read_results(self.results_path)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._last_step is None or self._last_step > trainer.global_step:
@@ -123,9 +123,9 @@ class BenchmarkCallback(Callback):
         if not path.exists():
             return
         self.results_path = path
-        rows = [TrainingBenchmarkResult.from_json(record) for record in read_records(path)]
         upto = self._last_step or 0
-        self.benchmark_results = [row for row in rows if row.training_step is not None and row.training_step <= upto]
+        rows = [row for row in read_results(path) if row.training_step is not None]
+        self.benchmark_results = [row for row in rows if row.training_step <= upto]
 
     # -- what -----------------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class BenchmarkCallback(Callback):
                 torch.cuda.reset_peak_memory_stats(device)
             self.seconds += time.perf_counter() - began
 
-    def _measure(self, trainer: Any, pl_module: Any) -> list[TrainingBenchmarkResult]:
+    def _measure(self, trainer: Any, pl_module: Any) -> list[BenchmarkResult]:
         config = self.benchmark_config
         strategy = type(trainer.strategy).__name__
         with untouched():
@@ -161,7 +161,7 @@ class BenchmarkCallback(Callback):
             )
             return measure_blocks(pl_module, config, circumstances, selector=self.block_selector)
 
-    def _save(self, trainer: Any, rows: list[TrainingBenchmarkResult]) -> None:
+    def _save(self, trainer: Any, rows: list[BenchmarkResult]) -> None:
         if not self._saves:
             return
         self.results_path = self.results_path or self._new_path(trainer)
@@ -172,7 +172,7 @@ class BenchmarkCallback(Callback):
             text = f"{error.message} ({error.hint})" if error.hint else error.message
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _log(self, trainer: Any, rows: list[TrainingBenchmarkResult]) -> None:
+    def _log(self, trainer: Any, rows: list[BenchmarkResult]) -> None:
         metrics = {
             f"benchmark/{row.block_name}/{row.sequence_length}/{name}": value
             for row in rows

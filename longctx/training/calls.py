@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longctx.config import Cell
 from longctx.engine.device import DTYPES
 from longctx.engine.loading import LoadedBlock
-from longctx.training.finding import FoundBlock
+from longctx.training.finding import FoundBlock, class_of
 from longctx.training.isolation import is_sharded, twin_of
 
 NAMES_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -75,7 +75,7 @@ def loaded_block(
     block: FoundBlock, cell: Cell, device: torch.device, dtype: torch.dtype, circumstances: Circumstances
 ) -> LoadedBlock:
     """The block as the engine runs it: a copy, or where its weights are sharded a new one with weights of its own."""
-    spec, module = block.spec, block.module
+    spec, module, inner = block.spec, block.module, block.inner
     if circumstances.sharded or is_sharded(module):
         if spec is None:
             raise NotImplementedError("its weights are sharded over processes, one alone cannot run it")
@@ -85,9 +85,8 @@ def loaded_block(
         twin = twin_of(module).to(device=device)
         if circumstances.dtype is not None:
             twin = twin.to(dtype)
-    twin = twin.eval()
-    causal = bool(getattr(twin, "causal", False))
-    streams = causal and callable(getattr(twin, "step", None)) and callable(getattr(twin, "init_state", None))
+    twin, causal = twin.eval(), bool(getattr(inner, "causal", False))
+    streams = causal and callable(getattr(inner, "step", None)) and callable(getattr(inner, "init_state", None))
     modes = ("forward", "train", "decode", "prefill") if streams else ("forward", "train")
     if cell.mode not in modes:
         raise NotImplementedError(f"{block.path} has no mode {cell.mode}: it has {', '.join(modes)}")
@@ -96,12 +95,12 @@ def loaded_block(
         name=block.path,
         module=_AsBlock(twin) if isinstance(twin, nn.MultiheadAttention) else twin,
         options=block.options,
-        source_hash=source_hash(module),
+        source_hash=source_hash(inner),
         causal=causal,
         modes=modes,
         reference=None,
         cost=None if spec is None else spec.cost(cell, block.options),
-        takes_keep_state="keep_state" in inspect.signature(twin.forward).parameters,
+        takes_keep_state="keep_state" in inspect.signature(inner.forward).parameters,
     )
 
 
@@ -176,9 +175,9 @@ def computed_in(dtype: torch.dtype, device: torch.device, circumstances: Circums
 
 def source_hash(module: nn.Module) -> str:
     try:
-        source = inspect.getsource(type(module))
+        source = inspect.getsource(class_of(module))
     except (OSError, TypeError):
-        source = type(module).__qualname__
+        source = class_of(module).__qualname__
     return hashlib.sha256(source.encode()).hexdigest()
 
 

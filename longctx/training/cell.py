@@ -21,7 +21,7 @@ from torch import Tensor
 from longctx.config import Cell
 from longctx.engine.device import DTYPES
 from longctx.engine.flags import global_state, pinned_flags
-from longctx.engine.measure import _fault
+from longctx.engine.measure import fault_of
 from longctx.training.data import SyntheticTextDataModule
 from longctx.training.model import LongContextLM
 
@@ -77,7 +77,7 @@ def run_lightning_cell(
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            found |= {name: value for name, value in _fault(error).items() if name != "samples_round"}
+            found |= {name: value for name, value in fault_of(error).items() if name != "samples_round"}
             found |= {"samples": [], "bare_samples": []}
     gc.collect()
     if device.startswith("cuda"):

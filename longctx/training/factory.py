@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from longctx.config import BenchmarkConfig
+from longctx.results import BenchmarkResult
 from longctx.training.callback import BenchmarkCallback
-from longctx.training.measuring import TrainingBenchmarkResult
 from longctx.training.packages import package_in_use, packages
 
 
@@ -42,7 +42,7 @@ def benchmark_during_training(
     *,
     ckpt_path: str | None = None,
     **trainer_kwargs: Any,
-) -> list[TrainingBenchmarkResult]:
+) -> list[BenchmarkResult]:
     """Train `model` and return the rows that were measured meanwhile.
 
     datamodule: a LightningDataModule, or dataloaders. Further arguments go to the Trainer, which is of the package

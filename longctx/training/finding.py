@@ -30,6 +30,9 @@ CLASS_WORDS = (("attention", "attn", "mixer"), ("block",))
 WIDTHS = ("d_model", "embed_dim", "hidden_size", "n_embd", "dim", "embedding_dim")
 HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head", "nhead", "heads")
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Where torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+
 BlockSelector = Callable[[str, nn.Module], bool]
 """(path of a module, the module) -> whether it is a block."""
 
@@ -44,19 +47,23 @@ class FoundBlock:
     """Paths of the other modules that have the same shape: a measurement of this one is theirs too."""
 
     @property
+    def inner(self) -> nn.Module:
+        return unwrapped(self.module)
+
+    @property
     def spec(self) -> BlockSpec | None:
         """Ours, or None for a stranger's block."""
-        return _specs().get(type(self.module))
+        return _specs().get(class_of(self.inner))
 
     @property
     def options(self) -> dict[str, Any]:
         if self.spec is None:
             return {}
-        return {name: getattr(self.module, name) for name in self.spec.defaults if hasattr(self.module, name)}
+        return {name: getattr(self.inner, name) for name in self.spec.defaults if hasattr(self.inner, name)}
 
     def d_model(self, default: int) -> int:
         """Width of the block's input: as it says, else that of its first layer, else `default`."""
-        if width := _first_int(self.module, WIDTHS):
+        if width := _first_int(self.inner, WIDTHS):
             return width
         for module in self.module.modules():
             if isinstance(module, nn.Linear):
@@ -75,8 +82,10 @@ class FoundBlock:
 def find_blocks(model: nn.Module, selector: BlockSelector | None = None) -> list[FoundBlock]:
     """The blocks of `model`, each distinct shape once, in the model's order. Raises LongctxError if it has none.
 
-    A block inside a block is a part of it. selector(path, module) -> bool is asked where there are no blocks of ours.
+    A block inside a block is a part of it; one inside a wrapper (torch.compile, FSDP) has the wrapper measured with it.
+    selector(path, module) -> bool is asked where there are no blocks of ours.
     """
+    model = unwrapped(model)
     for is_block in _ways(selector):
         found = _distinct(_outermost(model, is_block))
         if found:
@@ -118,9 +127,10 @@ def _outermost(model: nn.Module, is_block: BlockSelector) -> Iterable[FoundBlock
     for path, module in model.named_modules():
         if not path or (inside is not None and path.startswith(inside)):
             continue
-        if is_block(path, module):
+        name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
+        if is_block(name, unwrapped(module)):
             inside = f"{path}."
-            yield FoundBlock(path=path, module=module)
+            yield FoundBlock(path=name, module=module)
 
 
 def _distinct(found: Iterable[FoundBlock]) -> list[FoundBlock]:
@@ -149,6 +159,19 @@ def signature(module: nn.Module) -> str:
         place = f"{type(each).__module__}.{type(each).__qualname__}"
         digest.update(repr((path, place, sorted(plain.items()), sorted(tensors.items()))).encode())
     return digest.hexdigest()
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that somebody wrote, out of what has been put around it."""
+    while (inner := next((module._modules[name] for name in WRAPPERS if name in module._modules), None)) is not None:
+        module = inner
+    return module
+
+
+def class_of(module: nn.Module) -> type:
+    """The class that somebody wrote: `fully_shard` puts one of its own in its place."""
+    kind = type(module)
+    return kind.__bases__[-1] if kind.__bases__[0].__name__ == "FSDPModule" else kind
 
 
 def _first_int(module: nn.Module, names: Iterable[str]) -> int | None:

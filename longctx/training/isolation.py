@@ -32,19 +32,16 @@ def untouched() -> Iterator[None]:
     The training's own flags hold inside too: what is measured is the block as it is being trained. Threads and the
     treatment of denormals are never set, because threads that torch starts meanwhile would keep what they inherit.
     """
-    initialized = torch.cuda.is_available() and torch.cuda.is_initialized()
-    seeds = torch.cuda.get_rng_state_all() if initialized else []
     with global_state(), torch.enable_grad():
         try:
             yield
         finally:
             # Casts of weights that were made under inference mode must not serve the training.
             torch.clear_autocast_cache()
-            if seeds:
+            if torch.cuda.is_initialized():
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.synchronize()
                     torch.cuda.empty_cache()
-                torch.cuda.set_rng_state_all(seeds)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -6,10 +6,8 @@ Letters: B batch, T sequence length, D d_model.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from longctx.config import BenchmarkConfig, BlockRequest, Cell
 from longctx.engine.device import describe_device
 from longctx.engine.loading import LoadedBlock
 from longctx.engine.machine import available_memory_bytes, predict_memory_bytes
-from longctx.engine.measure import Plan, _fault, _Run
+from longctx.engine.measure import Plan, Run, fault_of
 from longctx.engine.memory import measure_memory, resting
 from longctx.engine.rows import add_round, fault, new_row
 from longctx.engine.timing import time_call
@@ -35,26 +33,11 @@ from longctx.training.calls import (
     moved,
     source_hash,
 )
-from longctx.training.finding import FoundBlock, find_blocks
+from longctx.training.finding import FoundBlock, class_of, find_blocks
 from longctx.training.isolation import is_sharded, twin_of
 
 BUDGET_S = 0.5
 """Seconds of open-ended sampling of a cell: training waits meanwhile."""
-
-
-@dataclass(kw_only=True)
-class TrainingBenchmarkResult(BenchmarkResult):
-    """A row measured in the middle of training. block_name is the path of the module."""
-
-    training_step: int | None = None
-    """Optimizer steps that had been made."""
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> TrainingBenchmarkResult:
-        plain = BenchmarkResult.from_json(record)
-        step = record.get("training_step")
-        values = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        return cls(**values, training_step=step if isinstance(step, int) and not isinstance(step, bool) else None)
 
 
 def measure_blocks(
@@ -64,7 +47,7 @@ def measure_blocks(
     *,
     selector: Callable[[str, nn.Module], bool] | None = None,
     prefix: str = "",
-) -> list[TrainingBenchmarkResult]:
+) -> list[BenchmarkResult]:
     """One row for each distinct block of `model` and each length; faults are rows. Call it inside `untouched()`.
 
     Raises LongctxError for a model without blocks.
@@ -79,34 +62,34 @@ def measure_blocks(
 
 def measure_block(
     block: FoundBlock, length: int, config: BenchmarkConfig, circumstances: Circumstances, *, prefix: str = ""
-) -> TrainingBenchmarkResult:
+) -> BenchmarkResult:
     """The row of one block at one length."""
     device, dtype = circumstances.place_of(block.module)
     cell = Cell(
-        block=BlockRequest(target=block.spec.label if block.spec else type(block.module).__qualname__),
+        block=BlockRequest(target=block.spec.label if block.spec else class_of(block.inner).__qualname__),
         length=length,
         batch_size=config.batch_size,
         dtype=computed_in(dtype, device, circumstances),
         mode=config.mode,
         d_model=block.d_model(config.d_model),
         n_heads=block.n_heads(config.n_heads),
-        num_kv_heads=getattr(block.module, "num_kv_heads", None),
+        num_kv_heads=getattr(block.inner, "num_kv_heads", None),
     )
     row = _row(f"{prefix}{block.path}", cell, config, device, circumstances)
-    row.config |= {"module_class": type(block.module).__qualname__, "same_shape": list(block.also)}
+    row.config |= {"module_class": class_of(block.inner).__qualname__, "same_shape": list(block.also)}
     row.block_options = block.options
 
     def measure() -> dict[str, Any]:
         loaded = loaded_block(block, cell, device, dtype, circumstances)
         x = block_input(cell, device, dtype, config.seed, circumstances.input_generator)
-        return _measure(_Run(cell, loaded, x), loaded, config, device, circumstances)
+        return _measure(Run(cell, loaded, x), loaded, config, device, circumstances)
 
     return _finish(row, cell, measure, circumstances)
 
 
 def measure_model(
     model: nn.Module, name: str, length: int, config: BenchmarkConfig, circumstances: Circumstances
-) -> TrainingBenchmarkResult:
+) -> BenchmarkResult:
     """The row of a whole model: a forward, or with mode train a forward and backward of the sum of its output."""
     device, dtype = circumstances.place_of(model)
     cell = Cell(
@@ -147,7 +130,7 @@ def measure_model(
     return _finish(row, cell, measure, circumstances)
 
 
-def append_rows(path: Path, rows: list[TrainingBenchmarkResult]) -> None:
+def append_rows(path: Path, rows: list[BenchmarkResult]) -> None:
     """Put rows into the results file at `path`, which keeps what it holds of other steps. Raises ResultsError."""
     ResultsFile(path, read_records(path) if path.exists() else ()).save(rows)
 
@@ -157,10 +140,9 @@ def append_rows(path: Path, rows: list[TrainingBenchmarkResult]) -> None:
 
 def _row(
     name: str, cell: Cell, config: BenchmarkConfig, device: torch.device, circumstances: Circumstances
-) -> TrainingBenchmarkResult:
-    plain = new_row(cell, config=config.to_json(), environment=describe_device(device))
-    values = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    row = TrainingBenchmarkResult(**values, training_step=circumstances.training_step)
+) -> BenchmarkResult:
+    environment, step = describe_device(device), circumstances.training_step
+    row = new_row(cell, config=config.to_json(), environment=environment, training_step=step)
     row.block_name = name
     row.config |= {"d_model": cell.d_model, "n_heads": cell.n_heads, "device": str(device)}
     row.config |= {"scope": cell.scope, "precision": circumstances.precision}
@@ -168,8 +150,8 @@ def _row(
 
 
 def _finish(
-    row: TrainingBenchmarkResult, cell: Cell, measure: Callable[[], dict[str, Any]], circumstances: Circumstances
-) -> TrainingBenchmarkResult:
+    row: BenchmarkResult, cell: Cell, measure: Callable[[], dict[str, Any]], circumstances: Circumstances
+) -> BenchmarkResult:
     """Measure, and put what was found or what went wrong into the row."""
     if circumstances.deadline is not None and time.monotonic() > circumstances.deadline:
         found = fault("skipped", "Skipped", "max_time was over")
@@ -182,7 +164,7 @@ def _finish(
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            found |= _fault(error)
+            found |= fault_of(error)
     add_round(row, cell, found)
     identity = {"options": jsonable(row.block_options), "source_hash": row.source_hash}
     place = {"name": row.block_name, "training_step": row.training_step, "precision": circumstances.precision}
@@ -190,7 +172,7 @@ def _finish(
     return row
 
 
-def _why_too_large(row: TrainingBenchmarkResult, cell: Cell) -> str | None:
+def _why_too_large(row: BenchmarkResult, cell: Cell) -> str | None:
     """Why a cell is not tried. A GPU refuses what does not fit; on a CPU the kernel would end the training for it."""
     if row.config["device"] != "cpu":
         return None

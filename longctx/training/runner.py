@@ -12,9 +12,10 @@ from torch import nn
 from longctx.config import BenchmarkConfig
 from longctx.engine.device import DTYPES, resolve_device
 from longctx.errors import UsageError
+from longctx.results import BenchmarkResult
 from longctx.training.calls import Circumstances, InputGenerator
 from longctx.training.isolation import untouched
-from longctx.training.measuring import TrainingBenchmarkResult, append_rows, measure_blocks, measure_model
+from longctx.training.measuring import append_rows, measure_blocks, measure_model
 from longctx.training.packages import is_lightning_module
 
 
@@ -26,7 +27,7 @@ class LightningBenchmarkRunner:
 
     def __init__(self, config: BenchmarkConfig | None = None) -> None:
         self.config = config or BenchmarkConfig()
-        self.results: list[TrainingBenchmarkResult] = []
+        self.results: list[BenchmarkResult] = []
 
     def benchmark_lightning_model(
         self,
@@ -35,7 +36,7 @@ class LightningBenchmarkRunner:
         input_generator: InputGenerator | None = None,
         *,
         block_selector: Callable[[str, nn.Module], bool] | None = None,
-    ) -> list[TrainingBenchmarkResult]:
+    ) -> list[BenchmarkResult]:
         """Rows of each distinct block (`<model_name>.<path>`), then of the model whole (`<model_name>`).
 
         input_generator(sequence_length, batch_size, d_model) gives a tensor or a list of them: the model's inputs,

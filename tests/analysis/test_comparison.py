@@ -233,6 +233,14 @@ def test_other_cells_are_not_compared(change):
     assert found.sentence == "no cell is in both, 1 only in base, 1 only in new"
 
 
+def test_steps_of_a_training_are_compared_step_by_step():
+    base, new = ([row(training_step=step) for step in steps] for steps in ((100, 200), (200, 300)))
+    found = compare({"a": base}, {"b": new}, allow_different=True)
+    verdicts = {c.traits.training_step: c.verdict for c in found.cells}
+    assert (verdicts[100], verdicts[300]) == ("only-in-base", "only-in-new")
+    assert verdicts[200] not in ("only-in-base", "only-in-new")
+
+
 def test_changed_options_are_named():
     new = [row(block_options={"chunk_size": 256}), row(name="Dense")]
     found = compare({"a": [row(), row(name="Dense")]}, {"b": new})

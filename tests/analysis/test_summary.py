@@ -44,6 +44,12 @@ def test_a_later_record_of_the_same_cell_counts():
 def test_curves_are_named_by_what_differs():
     rows = [row("A", 1024, 1.0, dtype="fp32"), row("A", 1024, 2.0, dtype="bf16")]
     assert [c.name for c in collect({"": rows}, METRICS["time"])[0]] == ["A fp32", "A bf16"]
+    rows_of_steps = [row("A", 1024, 1.0, training_step=step) for step in (100, 200)]
+    assert [c.name for c in collect({"": rows_of_steps}, METRICS["time"])[0]] == ["A step=100", "A step=200"]
+    assert [r.setting for r in rankings(rows_of_steps)] == [
+        "forward, dtype not recorded, batch 1, step 100",
+        "forward, dtype not recorded, batch 1, step 200",
+    ]
     runs = {"old": rows[:1], "new": rows[:1]}
     assert [c.name for c in collect(runs, METRICS["time"])[0]] == ["A (old)", "A (new)"]
 

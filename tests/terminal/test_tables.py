@@ -55,6 +55,15 @@ def printed(text, width: int) -> str:
     return console.file.getvalue()
 
 
+def test_rows_of_several_training_steps_say_their_step() -> None:
+    rows = [row("blocks.0", 1024, 0.004, training_step=step) for step in (100, 20000)]
+    lines = printed(results_table(rows, 100), 100).splitlines()
+    beginnings = [line.split()[:3] for line in lines]
+    assert beginnings == [["tokens", "step", "block"], ["1K", "100", "blocks.0"], ["1K", "20,000", "blocks.0"]]
+    assert "step" not in printed(results_table(rows[:1], 100), 100)
+    assert "step 20,000" in printed(ranking_lines(rows, 100), 100)
+
+
 @pytest.mark.parametrize("width", [20, 30, 40, 50, 60, 80, 100, 120, 200])
 def test_every_width_shows_whole_numbers_and_no_wide_line(width: int) -> None:
     out = printed(results_table(ROWS, width), width)

@@ -54,6 +54,6 @@ def make_trainer(tmp_path):
         package = importlib.import_module(package) if isinstance(package, str) else package
         silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         more = {"enable_model_summary": False, "accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path}
-        return package.Trainer(**silent, **more, **values)
+        return package.Trainer(**{**silent, **more, **values})
 
     return make
