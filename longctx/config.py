@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longctx.errors import UsageError
+from longctx.errors import UsageError, did_you_mean
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 MODES = ("forward", "train", "decode", "prefill")
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised when the way a number is made changes, so that old and new figures are never mixed by --resume."""
 
 MAX_LENGTH = 1 << 30
@@ -43,21 +44,40 @@ class BlockRequest:
     @classmethod
     def parse(cls, text: str) -> BlockRequest:
         """Read `NAME`, `NAME:option=value,option=value` or `path.py:Name:option=value`. Raises UsageError."""
+        found = cls.parse_all(text)
+        if len(found) > 1:
+            raise UsageError(
+                f"cannot read {text!r} as one block: it has several values of an option",
+                "options are written NAME:option=value,option=value",
+            )
+        return found[0]
+
+    @classmethod
+    def parse_all(cls, text: str) -> list[BlockRequest]:
+        """The same, where an option may have several values: `NAME:a=1,2,b=3` is `NAME:a=1,b=3` and `NAME:a=2,b=3`."""
         head, _, tail = text.strip().rpartition(":")
         if "=" not in tail:
             head, tail = text.strip(), ""
         if not head.strip(":"):
             raise UsageError(f"no block is named in {text!r}", "write --blocks BLADE DPASSM")
-        options = []
+        options: dict[str, list[Any]] = {}
+        name = ""
         for part in filter(None, tail.split(",")):
-            name, equals, value = part.partition("=")
-            if not (name.strip().isidentifier() and equals and value):
+            first, equals, value = part.partition("=")
+            name = first.strip() if equals else name
+            read = _parse_value((value if equals else part).strip())
+            # A word among numbers is an option without its value, or a block after a comma.
+            stray = not equals and isinstance(read, str) and not isinstance(options.get(name, [""])[0], str)
+            if not name.isidentifier() or read == "" or stray or (equals and name in options):
                 raise UsageError(
                     f"cannot read {part!r} in block {text!r}",
-                    "options are written NAME:option=value,option=value",
+                    "options are written NAME:option=value,option=value, several values NAME:option=value,value; "
+                    "blocks with options are words of their own",
                 )
-            options.append((name.strip(), _parse_value(value.strip())))
-        return cls(target=head, options=tuple(sorted(options)))
+            options.setdefault(name, []).append(read)
+        names = sorted(options)
+        choices = itertools.product(*(dict.fromkeys(options[each]) for each in names))
+        return [cls(target=head, options=tuple(zip(names, values, strict=True))) for values in choices]
 
     @property
     def is_user(self) -> bool:
@@ -99,14 +119,14 @@ def _format_options(options: Iterable[tuple[str, Any]]) -> str:
 
 
 def parse_blocks(words: Iterable[str]) -> list[BlockRequest]:
-    """Words of `--blocks` as requests, in order, without duplicates.
+    """Words of `--blocks` as requests, one for each value of an option that has several, in order, without duplicates.
 
     A comma separates blocks only in a word without a colon (design section 4).
     """
     requests = []
     for word in words:
         parts = [word] if ":" in word else [part for part in word.split(",") if part.strip()]
-        requests += [BlockRequest.parse(part) for part in parts]
+        requests += [request for part in parts for request in BlockRequest.parse_all(part)]
     return list(dict.fromkeys(requests))
 
 
@@ -151,7 +171,8 @@ class Cell:
     @property
     def label(self) -> str:
         """How messages name this cell."""
-        return f"{self.block.name} at {self.length:,} tokens"
+        mode = "" if self.mode == "forward" else f"{self.mode} of "
+        return f"{mode}{self.block.name} at {self.length:,} tokens"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the worker's pipe; `from_json` reads it back."""
@@ -292,6 +313,23 @@ class BenchmarkConfig:
         return {name: data.pop(name) for name in published} | data
 
 
+AXES = ("mode", "dtype", "d_model", "n_heads", "num_kv_heads", "batch_size")
+"""The fields of a configuration and of a cell of which one sweep may hold several values, outermost first."""
+
+
+def variants(config: BenchmarkConfig, vary: Mapping[str, Sequence[Any]] | None) -> list[BenchmarkConfig]:
+    """`config` once for every combination of the values in `vary` (field -> values). Raises UsageError."""
+    vary = vary or {}
+    for name, values in vary.items():
+        if name not in AXES:
+            raise UsageError(f"a sweep cannot vary {name!r}.{did_you_mean(name, AXES)}", f"it can {', '.join(AXES)}")
+        if not values:
+            raise UsageError(f"{name} has no value to measure")
+    names = [name for name in AXES if name in vary]
+    choices = itertools.product(*(dict.fromkeys(vary[name]) for name in names))
+    return [dataclasses.replace(config, **dict(zip(names, values, strict=True))) for values in choices]
+
+
 _FLAGS = {
     "d_model": "--d-model",
     "n_heads": "--n-heads",
@@ -326,12 +364,13 @@ def command_line(
     blocks: Iterable[str],
     *,
     defaults: BenchmarkConfig,
+    vary: Mapping[str, Sequence[Any]] | None = None,
     more: Iterable[str] = (),
 ) -> str:
     """`longctx COMMAND ...` that measures the same again, but for the file that it saves to.
 
     command: sweep or quick. defaults: what it does when nothing is said; only what differs from that is written.
-    more: words that are no part of a configuration.
+    vary: as `variants` takes it. more: words that are no part of a configuration.
     """
     words = ["longctx", command]
     if blocks := list(map(str, blocks)):
@@ -341,7 +380,9 @@ def command_line(
         words += ["--seq-len", *lengths] if command == "quick" else ["--sequence-lengths", *lengths]
     for each, flag in _FLAGS.items():
         value = getattr(config, each)
-        if value != getattr(defaults, each):
+        if len(values := list(dict.fromkeys((vary or {}).get(each, ())))) > 1:
+            words += [flag, *map(str, values)]
+        elif value != getattr(defaults, each):
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     if command == "quick" and config.benchmark_runs != defaults.benchmark_runs:
         words += ["--runs", str(config.benchmark_runs)]

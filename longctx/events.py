@@ -18,7 +18,7 @@ class SweepStarted:
     environment: dict[str, Any]
     path: str | None
     """Where results are saved, or None."""
-    reused: tuple[BenchmarkResult, ...] = ()
+    reused: dict[Cell, BenchmarkResult] = field(default_factory=dict)
     """Results taken over from the file by --resume."""
     weights: dict[Cell, float] = field(default_factory=dict)
     """Predicted cost of one measurement of each cell, in arbitrary units: for time estimates."""

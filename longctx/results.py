@@ -71,6 +71,12 @@ class BenchmarkResult:
     """CUDA: median over rounds of the seconds that the host takes to enqueue a call."""
     host_times: list[float] = field(default_factory=list)
     """The same, one a round."""
+    forward_part_s: float | None = None
+    """Mode train: seconds of the forward pass and the loss, out of forward_time_median."""
+    backward_part_s: float | None = None
+    """Mode train: seconds of the backward pass, out of forward_time_median."""
+    forward_shares: list[float] = field(default_factory=list)
+    """Mode train: the first part's share of a step, 0 to 1, one a round."""
     gate_s: float | None = None
     flops: float | None = None
     bytes: float | None = None

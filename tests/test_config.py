@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longctx import BenchmarkConfig
-from longctx.config import BlockRequest, Cell, parse_blocks, parse_length
+from longctx.config import BlockRequest, Cell, command_line, parse_blocks, parse_length, variants
 from longctx.errors import LongctxError, UsageError
 
 
@@ -122,3 +122,57 @@ def test_keys_tell_apart_what_a_number_depends_on():
         Cell(block=cell.block, length=128).key(identity=identity, device="cpu", threads=2),
     ]
     assert len({key, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("DPASSM:window_size=128,256,512", [f"DPASSM:window_size={n}" for n in (128, 256, 512)]),
+        (
+            "DPASSM:window_size=128,256,state_dim=32",
+            ["DPASSM:state_dim=32,window_size=128", "DPASSM:state_dim=32,window_size=256"],
+        ),
+        ("A:b=1,2,c=3,4", ["A:b=1,c=3", "A:b=1,c=4", "A:b=2,c=3", "A:b=2,c=4"]),
+        ("Dense:causal=true,false", ["Dense:causal=True", "Dense:causal=False"]),
+        ("m.py:N:kind=x,y,x", ["N:kind=x", "N:kind=y"]),
+    ],
+)
+def test_an_option_with_several_values_is_a_row_for_each(word, names):
+    requests = parse_blocks([word])
+    assert [request.name for request in requests] == names
+    assert parse_blocks([str(request) for request in requests]) == requests
+
+
+@pytest.mark.parametrize(
+    "word", ["DPASSM:window_size=128,state_dim", "BLADE:chunk_size=8,DPASSM", "A:1,b=2", "A:b=1,b=2"]
+)
+def test_options_that_nobody_could_mean_are_refused(word):
+    with pytest.raises(UsageError, match="cannot read"):
+        parse_blocks([word])
+
+
+def test_one_block_is_not_several():
+    with pytest.raises(UsageError, match="several values"):
+        BlockRequest.parse("BLADE:chunk_size=8,16")
+
+
+def test_a_sweep_varies_what_it_is_told_and_all_of_it_together():
+    config = BenchmarkConfig(sequence_lengths=[64])
+    made = variants(config, {"batch_size": [1, 4, 4], "mode": ["forward", "train"]})
+    assert [(each.mode, each.batch_size) for each in made] == [
+        ("forward", 1),
+        ("forward", 4),
+        ("train", 1),
+        ("train", 4),
+    ]
+    assert variants(config, None) == [config]
+    for vary in ({"batchsize": [1]}, {"mode": []}, {"mode": ["backward"]}, {"n_heads": [8, 7]}):
+        with pytest.raises(UsageError):
+            variants(config, vary)
+
+
+def test_the_command_names_all_values():
+    vary = {"batch_size": [1, 4], "mode": ["forward", "train"], "dtype": ["fp32"]}
+    config = BenchmarkConfig(dtype="fp32")
+    line = command_line("sweep", config, ["BLADE"], defaults=BenchmarkConfig(), vary=vary)
+    assert line == "longctx sweep --blocks BLADE --batch-size 1 4 --dtype fp32 --mode forward train"

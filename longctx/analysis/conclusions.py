@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from longctx.analysis.best import Best, best_blocks
@@ -11,13 +11,17 @@ from longctx.analysis.curves import Growth, curves, growths
 from longctx.analysis.laws import Law
 from longctx.analysis.ranking import BASE
 from longctx.analysis.series import METRICS
+from longctx.analysis.settings import by_mode, in_words, setting, varying
 from longctx.analysis.summary import FRAME, headline, longest_ranking
 from longctx.results import BenchmarkResult
+
+MOST_SETTINGS = 6
+"""Settings of a mode on each of which a sentence is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conclusions:
-    """All that was derived from the rows of one run."""
+    """All that was derived from the rows of one mode of a run."""
 
     growths: list[Growth]
     crossovers: list[Crossover]
@@ -25,13 +29,29 @@ class Conclusions:
     sentences: list[str]
 
 
+def conclude_modes(results: Iterable[BenchmarkResult]) -> dict[str, Conclusions]:
+    """mode -> what its rows say, each mode by itself."""
+    return {mode: conclude(rows) for mode, rows in by_mode(results).items()}
+
+
 def conclude(results: Sequence[BenchmarkResult]) -> Conclusions:
-    """Laws, crossovers against Dense, best blocks and the summary of a run."""
+    """Laws, crossovers against Dense, best blocks and the summary of rows of one mode."""
     found = growths(curves(results))
     crossings, best = against_base(found), best_blocks(results)
-    return Conclusions(
-        growths=found, crossovers=crossings, best=best, sentences=sentences(results, found, crossings, best)
-    )
+    settings: dict[tuple, list[BenchmarkResult]] = {}
+    for row in results:
+        # A row that failed early does not know its setting.
+        if row.ok:
+            settings.setdefault(setting(row), []).append(row)
+    if len(settings) < 2:
+        said = sentences(results, found, crossings, best)
+    else:
+        axes = varying(row for rows in settings.values() for row in rows)
+        lines = [headline(rows, where=in_words(rows[0], axes)) for rows in settings.values()]
+        said = [line for line in lines if line]
+        if len(said) > MOST_SETTINGS:
+            said = [*said[:MOST_SETTINGS], f"{len(said) - MOST_SETTINGS} more settings are in the tables."]
+    return Conclusions(growths=found, crossovers=crossings, best=best, sentences=said)
 
 
 def sentences(
@@ -41,7 +61,7 @@ def sentences(
     best: Sequence[Best],
 ) -> list[str]:
     """At most four sentences; none where nothing can be compared."""
-    first, last = headline(results, growth=False), longest_ranking(results)
+    first, last = headline(results), longest_ranking(results)
     if first is None or last is None:
         return []
     # The headline's doubt is a sentence of its own and closes the summary.
@@ -126,4 +146,5 @@ def _memory(rows: Sequence[BenchmarkResult], best: Best) -> str | None:
     base = min((peak for block, peak in peaks if block == BASE and peak), default=None)
     if least is None or base is None:
         return None
-    return f"{name} needs the least memory there, {least / base:.2g} of {BASE}'s."
+    needs = "carries the smallest state" if rows[0].mode == "decode" else "needs the least memory there"
+    return f"{name} {needs}, {least / base:.2g} of {BASE}'s."

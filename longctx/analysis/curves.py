@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from longctx.analysis.laws import Law, fit, missing_lengths
-from longctx.analysis.ranking import comparable
 from longctx.analysis.series import METRICS, names_of
+from longctx.analysis.settings import setting
 from longctx.results import BenchmarkResult
 
 LAUNCH_BOUND = "launch_bound"
@@ -59,7 +59,7 @@ def curves(results: Iterable[BenchmarkResult]) -> list[Curve]:
     names: dict[tuple, str] = {}
     for result, name in zip(results, names_of(results), strict=True):
         # Rows that differ in nothing that a name shows are still no curve together: two devices, say.
-        key = (name, str(result.block_name), comparable(result)[1:])
+        key = (name, str(result.block_name), setting(result))
         found.setdefault(key, {})[result.sequence_length] = result
         names[key] = name
     made = []

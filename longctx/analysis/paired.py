@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longctx.analysis.settings import in_words, varying
 from longctx.analysis.statistics import median_ci95, positive
 from longctx.config import AGAINST_ROUNDS
 from longctx.results import BenchmarkResult
@@ -65,7 +66,8 @@ class PairedCell:
         outcome = dataclasses.asdict(self.outcome)
         times = {"time_s": self.ours.time_s, "against_time_s": self.theirs.time_s}
         names = {"block_name": self.ours.block_name, "against": self.theirs.block_name}
-        return names | {"sequence_length": self.ours.sequence_length} | times | outcome
+        setting = {"mode": self.ours.mode, "dtype": self.ours.dtype, "batch_size": self.ours.batch_size}
+        return names | {"sequence_length": self.ours.sequence_length} | times | setting | outcome
 
 
 def judge(ours: BenchmarkResult, theirs: BenchmarkResult, *, guard: float | None = None) -> PairedCell:
@@ -138,6 +140,8 @@ def sentence(cells: Sequence[PairedCell]) -> str:
         return f"Of {len(cells)} cells: {said}."
     most = max(told, key=lambda cell: abs(math.log(cell.outcome.ratio)))
     place = f"{most.ours.block_name} at {most.ours.sequence_length:,} tokens"
+    if axes := varying(cell.ours for cell in cells):
+        place += f" ({in_words(most.ours, axes)})"
     return f"Of {len(cells)} cells: {said}. The largest difference: {place}, {most.outcome.ratio:.3f}x."
 
 

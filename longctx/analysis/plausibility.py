@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from longctx.analysis.ranking import comparable
+from longctx.analysis.settings import options_of, setting
 from longctx.analysis.statistics import positive
 from longctx.results import BenchmarkResult
 
@@ -55,7 +55,8 @@ def mark_suspects(results: Iterable[BenchmarkResult]) -> None:
     """Give the warning `suspect` to rows that earn it, each block and setting by itself; take it from others."""
     groups: dict[tuple, list[BenchmarkResult]] = {}
     for result in results:
-        groups.setdefault((result.block_name, *comparable(result)[1:]), []).append(result)
+        key = (str(result.block_name), tuple(options_of(result).items()), setting(result))
+        groups.setdefault(key, []).append(result)
     for rows in groups.values():
         due = {id(row) for row in suspects(rows)}
         for row in rows:

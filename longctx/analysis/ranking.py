@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from longctx.analysis.settings import setting
 from longctx.analysis.statistics import positive
 from longctx.results import BenchmarkResult
 
@@ -61,13 +62,8 @@ def _samples(result: BenchmarkResult) -> list[list[float]]:
 
 
 def comparable(result: BenchmarkResult) -> tuple:
-    """What two rows must share to be compared: length, batch, mode, dtype, training step, model shape and device."""
-    config = result.config if isinstance(result.config, dict) else {}
-    environment = result.environment if isinstance(result.environment, dict) else {}
-    shape = (str(config.get(name)) for name in ("d_model", "n_heads", "num_kv_heads"))
-    device = str(environment.get("gpu") or environment.get("cpu") or config.get("device") or "")
-    setting = (result.batch_size, result.mode, result.dtype, result.training_step)
-    return (result.sequence_length, *setting, *shape, device)
+    """What two rows must share to be compared: length, and what `settings.AXES` lists."""
+    return (result.sequence_length, *setting(result))
 
 
 def base_of(result: BenchmarkResult, results: Iterable[BenchmarkResult], name: str = BASE) -> BenchmarkResult | None:

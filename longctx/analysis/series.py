@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from longctx.analysis.settings import differing_options, options_of, varying, without
 from longctx.analysis.statistics import positive
 from longctx.results import BenchmarkResult
 
@@ -45,7 +45,10 @@ def _throughput(result: BenchmarkResult) -> float | None:
     return positive(result.throughput_tokens_per_sec)
 
 
-def _peak_bytes(result: BenchmarkResult) -> float | None:
+def _memory_bytes(result: BenchmarkResult) -> float | None:
+    """The peak of a call; in mode decode the size of the state, which is what a context costs there."""
+    if result.mode == "decode":
+        return positive(result.state_bytes)
     peak = positive(result.peak_memory_mb)
     return peak and peak * MIB
 
@@ -69,7 +72,7 @@ def _interval(result: BenchmarkResult, metric: Metric) -> tuple[float, float] | 
         return None
     if metric.kind == "s":
         return low, high
-    tokens = result.sequence_length * (result.batch_size or 1)
+    tokens = (result.batch_size or 1) * (1 if result.mode == "decode" else result.sequence_length)
     return tokens / high, tokens / low
 
 
@@ -78,7 +81,7 @@ METRICS = {
     for metric in (
         Metric(name="time", title="Forward time", kind="s", value=lambda r: positive(r.time_s)),
         Metric(name="throughput", title="Throughput", kind="tokens/s", value=_throughput),
-        Metric(name="memory", title="Peak memory", kind="bytes", value=_peak_bytes),
+        Metric(name="memory", title="Peak memory", kind="bytes", value=_memory_bytes),
         Metric(
             name="memory-per-token",
             title="Peak memory per token",
@@ -109,9 +112,11 @@ def metric_for(name: str, results: Iterable[BenchmarkResult]) -> Metric:
         return _PUBLISHED_MEMORY
     metric = METRICS[name]
     modes = {r.mode for r in results}
-    if metric.kind == "s" and len(modes) == 1 and (mode := modes.pop()) != "forward":
+    if len(modes) == 1 and (mode := modes.pop()) != "forward":
         titles = {"time": f"{str(mode).capitalize()} time", "scaling": f"Scaling of {mode} time"}
-        return Metric(name=name, title=titles[name], kind="s", value=metric.value)
+        if mode == "decode":
+            titles["memory"] = "Size of the state"
+        return replace(metric, title=titles.get(name, f"{metric.title} ({mode})"))
     return metric
 
 
@@ -122,12 +127,12 @@ def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tu
     mode, model shape, training step, file. Of two rows for the same point the later one counts.
     """
     rows = [(label, result) for label, results in runs.items() for result in results]
-    varying = _varying(result for _, result in rows)
+    names = _Names([result for _, result in rows])
     points: dict[str, dict[int, float]] = {}
     bars: dict[str, dict[int, tuple[float, float]]] = {}
     missing: dict[tuple[str, int], Missing] = {}
     for label, result in rows:
-        name = _series_name(result, varying, label if len(runs) > 1 else "")
+        name = names.of(result, label if len(runs) > 1 else "")
         length = result.sequence_length
         value = metric.value(result) if result.ok else None
         if value is None:
@@ -152,37 +157,21 @@ def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tu
 def names_of(results: Iterable[BenchmarkResult]) -> list[str]:
     """The curve that each row belongs to: its block, with whatever differs between the rows added to it."""
     results = list(results)
-    varying = _varying(results)
-    return [_series_name(result, varying, "") for result in results]
+    names = _Names(results)
+    return [names.of(result) for result in results]
 
 
-def _traits(result: BenchmarkResult) -> dict[str, Any]:
-    config = result.config if isinstance(result.config, Mapping) else {}
-    return {
-        "mode": result.mode,
-        "dtype": result.dtype,
-        "B": result.batch_size,
-        "D": config.get("d_model"),
-        "H": config.get("n_heads"),
-        "G": config.get("num_kv_heads"),
-        "step": result.training_step,
-    }
+class _Names:
+    """What tells the curves of some rows apart, and so stands in their names."""
 
+    def __init__(self, results: Sequence[BenchmarkResult]) -> None:
+        # A row that failed early does not know all of its traits, and differs in nothing for that.
+        self.axes = without(varying(results, unknown=False), ("device",))
+        self.options = differing_options(results)
 
-def _varying(results: Iterable[BenchmarkResult]) -> list[str]:
-    seen: dict[str, set[str]] = {}
-    for result in results:
-        for name, value in _traits(result).items():
-            # A row that failed early does not know all of its traits, and differs in nothing for that.
-            if value is not None:
-                seen.setdefault(name, set()).add(repr(value))
-    return [name for name, values in seen.items() if len(values) > 1]
-
-
-def _series_name(result: BenchmarkResult, varying: Iterable[str], label: str) -> str:
-    traits = _traits(result)
-    words = [str(result.block_name)]
-    for name in varying:
-        if traits[name] is not None:
-            words.append(str(traits[name]) if name in ("mode", "dtype") else f"{name}={traits[name]}")
-    return " ".join(words) + (f" ({label})" if label else "")
+    def of(self, result: BenchmarkResult, label: str = "") -> str:
+        words = [str(result.block_name)]
+        known, options = options_of(result), self.options.get(str(result.block_name), ())
+        words += [f"{name}={known[name]}" for name in options if name in known]
+        words += [f"{axis.mark}{value}" for axis in self.axes if (value := axis.of(result)) is not None]
+        return " ".join(words) + (f" ({label})" if label else "")

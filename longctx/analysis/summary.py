@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from longctx.analysis.ranking import BASE, Ranked, comparable, rank
 from longctx.analysis.scaling import LocalSlope, fit_slope
 from longctx.analysis.series import METRICS, collect
-from longctx.analysis.statistics import positive
+from longctx.analysis.settings import in_words, varying
 from longctx.results import BenchmarkResult
 
 DOUBTFUL = ("contended", "suspect", "throttled", "unstable")
@@ -42,16 +42,12 @@ def rankings(results: Iterable[BenchmarkResult]) -> list[Ranking]:
     groups: dict[tuple, list[BenchmarkResult]] = {}
     for result in results:
         groups.setdefault(comparable(result), []).append(result)
-    found = {key: rank(rows, key[0]) for key, rows in groups.items()}
-    settings = {key[1:] for key, rows in found.items() if rows}
-    ranked = []
-    for key, rows in sorted(found.items(), key=lambda item: item[0][0]):
-        (batch, mode, dtype, step), device = key[1:5], key[-1]
-        words = [mode, dtype or "dtype not recorded", f"batch {batch}", step is not None and f"step {step:,}", device]
-        setting = ", ".join(map(str, filter(None, words))) if len(settings) > 1 else ""
-        if rows:
-            ranked.append(Ranking(length=key[0], setting=setting, rows=rows))
-    return ranked
+    found = {key: ranked for key, rows in groups.items() if (ranked := rank(rows, key[0]))}
+    axes = varying(row.result for ranked in found.values() for row in ranked)
+    return [
+        Ranking(length=key[0], setting=in_words(ranked[0].result, axes), rows=ranked)
+        for key, ranked in sorted(found.items(), key=lambda item: item[0][0])
+    ]
 
 
 def slopes(results: Sequence[BenchmarkResult]) -> list[Slopes]:
@@ -86,11 +82,11 @@ def longest_ranking(results: Iterable[BenchmarkResult]) -> Ranking | None:
     return max(found, key=lambda r: r.length) if found else None
 
 
-def headline(results: Sequence[BenchmarkResult], *, growth: bool = True) -> str | None:
+def headline(results: Sequence[BenchmarkResult], *, where: str = "") -> str | None:
     """One sentence on the longest length that several blocks reached, or None where nothing can be compared.
 
-    The winner is the fastest block that mixes: Identity frames the table and does not compete. growth: how its time
-    grows with length, too.
+    The winner is the fastest block that mixes: Identity frames the table and does not compete. where: the setting of
+    the rows in words, when there are others.
     """
     last = longest_ranking(results)
     if last is None:
@@ -100,7 +96,9 @@ def headline(results: Sequence[BenchmarkResult], *, growth: bool = True) -> str 
     if not rows:
         return None
     best = rows[0]
-    sentence = f"At {last.length:,} tokens {best.result.block_name} is the fastest mixing block"
+    place = f"{'After' if best.result.mode == 'decode' else 'At'} {last.length:,} tokens"
+    place += f", {where}," if where else ""
+    sentence = f"{place} {best.result.block_name} is the fastest mixing block"
     if best.ratio and dense:
         value = best.ratio.value
         if best.ratio.rounds > 1 and best.ratio.low < 1 < best.ratio.high:
@@ -108,20 +106,9 @@ def headline(results: Sequence[BenchmarkResult], *, growth: bool = True) -> str 
         elif value < 0.98:
             sentence += f", {1 / value:.2f}x faster than {BASE}"
         elif value > 1.02:
-            sentence = f"At {last.length:,} tokens {BASE} is faster than every other block; the next, "
+            sentence = f"{place} {BASE} is faster than every other block; the next, "
             sentence += f"{best.result.block_name}, takes {value:.2f}x its time"
         else:
             sentence += f", level with {BASE}"
-    slope = fit_slope(
-        (r.sequence_length, positive(r.time_s))
-        for r in results
-        # The time of a launch-bound row is that of the host, which has nothing to do with its length.
-        if r.ok
-        and r.block_name == best.result.block_name
-        and comparable(r)[1:] == comparable(best.result)[1:]
-        and "launch_bound" not in r.warnings
-    )
-    if growth and slope and slope.count > 2:
-        sentence += f" (local slope of its time {slope.slope:.2f}: {slope.word})"
     doubts = {w for row in (best, dense) if row for w in row.result.warnings if w in DOUBTFUL}
     return sentence + "." + (f" Not a firm result: {', '.join(sorted(doubts))}." if doubts else "")

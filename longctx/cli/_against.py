@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from longctx.cli._measure import exit_code, print_json, watched
 from longctx.config import BenchmarkConfig
@@ -38,24 +38,26 @@ def sweep_against(
     other: str,
     config: BenchmarkConfig,
     *,
+    vary: Mapping[str, Sequence[Any]],
     guard: float | None,
     settle: bool,
     json: bool,
     strict: bool,
     fail_on_regression: bool,
 ) -> int:
-    """Measure, show and judge. Returns the exit code. guard: percent, None for what suits the device. settle: measure
-    pairs that are inconclusive in more rounds.
+    """Measure, show and judge. Returns the exit code. vary: as `run_sweep` takes it. guard: percent, None for what
+    suits the device. settle: measure pairs that are inconclusive in more rounds.
     """
     from longctx.analysis.paired import judge
     from longctx.engine.run_against import against_command, run_against
 
     share = None if guard is None else guard / 100
     more = [] if guard is None else ["--guard", f"{guard:g}"]
-    command = against_command(config, names, other, more)
+    command = against_command(config, names, other, more, vary=vary)
 
     def run(on_event: Callable[[Event], None]) -> list[Pair]:
-        return run_against(names or None, other, config, on_event=on_event, command=command, guard=share, settle=settle)
+        judging = {"guard": share, "settle": settle}
+        return run_against(names or None, other, config, vary=vary, on_event=on_event, command=command, **judging)
 
     pairs, view = watched(run, config, command=command, quiet=not config.verbose)
     cells = [judge(ours, theirs, guard=share) for ours, theirs in pairs]
@@ -92,15 +94,15 @@ def _show(results: list[BenchmarkResult], cells: list[PairedCell], view: SweepVi
     from rich.text import Text
 
     from longctx.analysis.paired import sentence
-    from longctx.cli.sweep import tail
+    from longctx.cli._show import tail
     from longctx.terminal import format as fmt
     from longctx.terminal.against import paired_table, reasons
     from longctx.terminal.console import ascii_only, result_console
-    from longctx.terminal.tables import environment_line, notes
+    from longctx.terminal.tables import environment_line, notes, one_dtype
 
     console = result_console()
     plain = ascii_only(console)
-    console.print(environment_line(view.environment, results[0].dtype if results else None))
+    console.print(environment_line(view.environment, one_dtype(results)))
     if cells:
         console.print()
         console.print(paired_table(cells, console.width, ascii_only=plain))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -24,14 +24,15 @@ def measure(
     blocks: Sequence[str],
     config: BenchmarkConfig,
     *,
+    vary: Mapping[str, Sequence[Any]],
     command: str,
     quiet: bool,
 ) -> tuple[list[BenchmarkResult], SweepView]:
-    """`watched` a sweep over `blocks`."""
+    """`watched` a sweep over `blocks`. vary: as `run_sweep` takes it."""
     from longctx.engine.runner import run_sweep
 
     def run(on_event: Callable[[Event], None]) -> list[BenchmarkResult]:
-        return run_sweep(blocks or None, config, on_event=on_event, command=command)
+        return run_sweep(blocks or None, config, vary=vary, on_event=on_event, command=command)
 
     return watched(run, config, command=command, quiet=quiet)
 

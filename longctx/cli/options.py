@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import typer
+
+from longctx.config import DTYPES, MODES
+from longctx.errors import UsageError, did_you_mean
 
 MODEL, RUNS, AGAINST, OUTPUT = "What to measure", "How to measure", "Against another", "Output"
 """Headings under which options stand in the help."""
@@ -47,14 +51,23 @@ SequenceLengths = Annotated[
 SequenceLength = Annotated[
     str, typer.Option("--seq-len", metavar="N", help="Length in tokens: 2048, 64K, 1M.", rich_help_panel=MODEL)
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Sequences a call.", rich_help_panel=MODEL)]
-DModel = Annotated[int, typer.Option("--d-model", metavar="N", help="Model width.", rich_help_panel=MODEL)]
-NHeads = Annotated[int, typer.Option("--n-heads", metavar="N", help="Attention heads.", rich_help_panel=MODEL)]
+BatchSizes = Annotated[
+    list[str] | None,
+    typer.Option("--batch-size", metavar="N...", help="Sequences a call.", show_default="1", rich_help_panel=MODEL),
+]
+DModels = Annotated[
+    list[str] | None,
+    typer.Option("--d-model", metavar="N...", help="Model width.", show_default="512", rich_help_panel=MODEL),
+]
+NHeads = Annotated[
+    list[str] | None,
+    typer.Option("--n-heads", metavar="N...", help="Attention heads.", show_default="8", rich_help_panel=MODEL),
+]
 NumKvHeads = Annotated[
-    int | None,
+    list[str] | None,
     typer.Option(
         "--num-kv-heads",
-        metavar="N",
+        metavar="N...",
         help="Key-value heads, for grouped-query attention; must divide the heads.",
         show_default="as many as heads",
         rich_help_panel=MODEL,
@@ -64,9 +77,34 @@ DType = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "fp64"],
     typer.Option("--dtype", help="Number format; auto is bf16 on a GPU, fp32 on a CPU.", rich_help_panel=MODEL),
 ]
-Mode = Annotated[
-    Literal["forward", "train", "decode", "prefill"],
-    typer.Option("--mode", help="What is timed of a block.", rich_help_panel=MODEL),
+
+
+def _complete(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+DTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME...",
+        help=f"Number formats, of auto, {', '.join(DTYPES)}; auto is bf16 on a GPU, fp32 on a CPU.",
+        autocompletion=_complete(("auto", *DTYPES)),
+        show_default="auto",
+        rich_help_panel=MODEL,
+    ),
+]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mode",
+        metavar="NAME...",
+        help="What is timed of a block. forward; train: forward, loss and backward; decode: one token after so many; "
+        "prefill: forward with the state kept.",
+        autocompletion=_complete(MODES),
+        show_default="forward",
+        rich_help_panel=MODEL,
+    ),
 ]
 Device = Annotated[
     str,
@@ -123,6 +161,42 @@ Strict = Annotated[
     bool,
     typer.Option("--strict", help="Exit with 3 when any cell is not ok.", rich_help_panel=OUTPUT),
 ]
+
+
+def axes(**given: list[str] | None) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Options that take several values, by field of a configuration: (the first value of each that is given, all values
+    of those that have several). Raises UsageError."""
+    choices = {"mode": MODES, "dtype": ("auto", *DTYPES)}
+    read: dict[str, list[Any]] = {}
+    for name, values in given.items():
+        found = words(values)
+        if values is not None and not found:
+            raise UsageError(f"{_flag(name)} needs at least one value")
+        if name in choices:
+            found = [_choice(name, word, choices[name]) for word in found]
+        else:
+            found = [_whole(name, word) for word in found]
+        if found:
+            read[name] = list(dict.fromkeys(found))
+    return {name: found[0] for name, found in read.items()}, {name: v for name, v in read.items() if len(v) > 1}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _choice(name: str, word: str, allowed: tuple[str, ...]) -> str:
+    if word.casefold() not in allowed:
+        hint = f"there are {', '.join(allowed)}"
+        raise UsageError(f"{_flag(name)} cannot be {word!r}.{did_you_mean(word, allowed)}", hint)
+    return word.casefold()
+
+
+def _whole(name: str, word: str) -> int:
+    # Python would read `1_000` and other scripts' digits, which nobody means.
+    if not (word.isascii() and word.isdigit()):
+        raise UsageError(f"{_flag(name)} takes whole numbers, not {word!r}", f"write {_flag(name)} 1 4 16")
+    return int(word)
 
 
 def words(values: list[str] | None) -> list[str]:

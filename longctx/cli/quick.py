@@ -14,13 +14,13 @@ ORDER = 10
 def quick(
     blocks: options.Blocks = None,
     seq_len: options.SequenceLength = "2048",
-    batch_size: options.BatchSize = 1,
-    d_model: options.DModel = 512,
-    n_heads: options.NHeads = 8,
+    batch_size: options.BatchSizes = None,
+    d_model: options.DModels = None,
+    n_heads: options.NHeads = None,
     num_kv_heads: options.NumKvHeads = None,
     device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    mode: options.Mode = "forward",
+    dtype: options.DTypes = None,
+    mode: options.Modes = None,
     runs: Annotated[
         int, typer.Option("--runs", metavar="N", help="Timed calls of each block.", rich_help_panel=options.RUNS)
     ] = 5,
@@ -49,26 +49,24 @@ def quick(
     \b
     longctx quick
     longctx quick --blocks BLADE DPASSM --seq-len 8K
-    longctx quick --blocks Dense my_block.py:MyBlock --dtype bf16
+    longctx quick --blocks Dense my_block.py:MyBlock --dtype bf16 --mode forward train
 
     One round of a few calls, not saved unless --output-file is given. `longctx sweep` measures with more care.
     """
     from longctx.cli._measure import exit_code, measure, print_json
     from longctx.config import BenchmarkConfig, command_line, parse_blocks
 
+    given, vary = options.axes(
+        batch_size=batch_size, d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dtype=dtype, mode=mode
+    )
     names = [str(request) for request in parse_blocks(blocks or [])]
     common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5, "energy": False}
     defaults = BenchmarkConfig(sequence_lengths=[2048], **common)
     config = BenchmarkConfig(
         **(common | {"benchmark_runs": runs, "save_results": output_file is not None}),
         sequence_lengths=[seq_len],
-        batch_size=batch_size,
-        d_model=d_model,
-        n_heads=n_heads,
-        num_kv_heads=num_kv_heads,
+        **given,
         device=device,
-        dtype=dtype,
-        mode=mode,
         threads=threads,
         seed=seed,
         timeout=timeout,
@@ -79,8 +77,8 @@ def quick(
         verbose=not quiet,
         blocks=names,
     )
-    command = command_line("quick", config, names, defaults=defaults)
-    results, view = measure(names, config, command=command, quiet=quiet)
+    command = command_line("quick", config, names, defaults=defaults, vary=vary)
+    results, view = measure(names, config, vary=vary, command=command, quiet=quiet)
     if json:
         print_json([result.to_json() for result in results])
     else:
@@ -91,24 +89,25 @@ def quick(
 def _show(results: list, environment: dict, path: str | None, *, quiet: bool, blocks: list[str]) -> None:
     from rich.text import Text
 
-    from longctx.analysis.summary import headline
+    from longctx.analysis.conclusions import conclude_modes
     from longctx.terminal import format as fmt
     from longctx.terminal.console import ascii_only, result_console
-    from longctx.terminal.tables import environment_line, notes, ranked_table
+    from longctx.terminal.findings import summary
+    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype
 
     console = result_console()
     plain = ascii_only(console)
     length = results[0].sequence_length if results else 0
-    console.print(environment_line(environment, results[0].dtype if results else None))
+    console.print(environment_line(environment, one_dtype(results)))
     console.print(Text(f"{length:,} tokens, fastest first; `vs` is time over that block's time", style="dim"))
     console.print()
-    console.print(ranked_table(results, console.width, ascii_only=plain))
+    console.print(mode_tables(results, console.width, ascii_only=plain, ranked=True))
     if len(said := notes(results, ascii_only=plain)):
         console.print()
         console.print(said)
-    if sentence := headline(results):
+    if len(said := summary(conclude_modes(results), console.width, ascii_only=plain)):
         console.print()
-        console.print(Text(fmt.plain(sentence), style="bold"))
+        console.print(said)
     if path:
         console.print(Text(f"results: {fmt.plain(path)}"), soft_wrap=True)
     if not quiet:

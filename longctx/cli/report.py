@@ -76,24 +76,24 @@ def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, st
 def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
     """The tables of every run, under its label if there are several."""
     from longctx.terminal.export import markdown_text, to_markdown
-    from longctx.terminal.tables import environment_line
+    from longctx.terminal.tables import environment_line, one_dtype
 
     parts = []
     for label, rows in runs.items():
         head = f"### {markdown_text(label)}\n\n" if len(runs) > 1 else ""
-        line = environment_line(_environment(rows), rows[0].dtype).plain
+        line = environment_line(_environment(rows), one_dtype(rows)).plain
         parts.append(head + to_markdown(rows, environment=line, crossovers=crossings(rows, pair)))
     return "\n".join(parts)
 
 
 def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> None:
     """Tables, rankings, growth, crossovers, best blocks, problems and a summary of every run on standard output."""
-    from longctx.analysis.conclusions import conclude
+    from longctx.analysis.conclusions import conclude_modes
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.findings import sections as findings
-    from longctx.terminal.findings import summary_text
+    from longctx.terminal.findings import summary
     from longctx.terminal.format import plain
-    from longctx.terminal.tables import environment_line, notes, ranking_lines, results_table
+    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranking_lines
 
     console = result_console()
     ascii_, width = ascii_only(console), console.width
@@ -102,17 +102,19 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             console.print()
         if len(runs) > 1:
             console.print(plain(label), style="bold")
-        line, found = environment_line(_environment(rows), rows[0].dtype), conclude(rows)
-        said = summary_text(found.sentences, width, ascii_only=ascii_)
-        said.stylize("bold")
-        derived = findings(found, width, ascii_only=ascii_, extra=crossings(rows, pair))
+        line, modes = environment_line(_environment(rows), one_dtype(rows)), conclude_modes(rows)
+        asked = crossings(rows, pair)
+        derived = []
+        for mode, found in modes.items():
+            extra = None if asked is None else asked.get(mode, [])
+            derived += findings(found, width, ascii_only=ascii_, mode=mode if len(modes) > 1 else "", extra=extra)
         sections = [
             line if line.plain else None,
-            results_table(rows, width, ascii_only=ascii_),
+            mode_tables(rows, width, ascii_only=ascii_),
             _headed("Fastest first, time against Dense", ranking_lines(rows, width, ascii_only=ascii_)),
             *(_headed(title, body) for title, body in derived),
             notes(rows, ascii_only=ascii_),
-            said,
+            summary(modes, width, ascii_only=ascii_),
         ]
         shown = [section for section in sections if section is not None and section.plain.strip()]
         for number, section in enumerate(shown):
@@ -121,19 +123,20 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             console.print(section)
 
 
-def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> list[Crossover] | None:
-    """The crossovers of two blocks in every setting that both have; None if none were asked for.
+def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> dict[str, list[Crossover]] | None:
+    """mode -> the crossovers of two blocks in every setting that both have; None if none were asked for.
 
     Raises UsageError for a block that the run does not have.
     """
     from longctx.analysis.crossover import crossover
     from longctx.analysis.curves import curves, growth
+    from longctx.analysis.settings import by_mode
     from longctx.errors import did_you_mean
 
     if pair is None:
         return None
-    found = curves(rows)
-    sides = []
+    by_modes = {mode: curves(each) for mode, each in by_mode(rows).items()}
+    sides, found = [], [curve for each in by_modes.values() for curve in each]
     for word in pair:
         matching = [c for c in found if word.casefold() in (c.block.casefold(), c.name.casefold())]
         if not matching:
@@ -142,7 +145,10 @@ def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> 
             raise UsageError(f"the run has no result of block {word!r}.{did_you_mean(word, known)}", hint)
         sides.append(matching)
     pairs = [(a, b) for a in sides[0] for b in sides[1] if a is not b and a.setting == b.setting]
-    return [crossover(growth(a), growth(b)) for a, b in pairs]
+    return {
+        mode: [crossover(growth(a), growth(b)) for a, b in pairs if any(a is curve for curve in each)]
+        for mode, each in by_modes.items()
+    }
 
 
 def _environment(rows: Sequence[BenchmarkResult]) -> dict[str, Any]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from longctx.cli import options
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from longctx.results import BenchmarkResult
 
 ORDER = 20
 ALIASES = ("comprehensive",)
@@ -20,13 +15,13 @@ ALIASES = ("comprehensive",)
 def sweep(
     blocks: options.Blocks = None,
     sequence_lengths: options.SequenceLengths = None,
-    batch_size: options.BatchSize = 1,
-    d_model: options.DModel = 512,
-    n_heads: options.NHeads = 8,
+    batch_size: options.BatchSizes = None,
+    d_model: options.DModels = None,
+    n_heads: options.NHeads = None,
     num_kv_heads: options.NumKvHeads = None,
     device: options.Device = "auto",
-    dtype: options.DType = "auto",
-    mode: options.Mode = "forward",
+    dtype: options.DTypes = None,
+    mode: options.Modes = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +161,8 @@ def sweep(
     \b
     longctx sweep
     longctx sweep --blocks BLADE DPASSM --sequence-lengths 1K 4K 16K 64K
-    longctx sweep --blocks BLADE BLADE:chunk_size=1024 my_block.py:MyBlock
+    longctx sweep --blocks BLADE:chunk_size=256,1024 my_block.py:MyBlock
+    longctx sweep --mode forward train decode --batch-size 1 4 16
     longctx sweep --output-file run.json --resume
     longctx sweep --blocks my_block.py:MyBlock --against ../main --fail-on-regression
 
@@ -187,16 +183,14 @@ def sweep(
     names = [str(request) for request in parse_blocks(blocks or [])]
     defaults = BenchmarkConfig(fixed_runs=False)
     usual_rounds = defaults.rounds if against is None else AGAINST_ROUNDS
+    given, vary = options.axes(
+        batch_size=batch_size, d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dtype=dtype, mode=mode
+    )
     lengths = options.words(sequence_lengths) if sequence_lengths is not None else defaults.sequence_lengths
     config = BenchmarkConfig(
         sequence_lengths=lengths,
-        batch_size=batch_size,
-        d_model=d_model,
-        n_heads=n_heads,
-        num_kv_heads=num_kv_heads,
+        **given,
         device=device,
-        dtype=dtype,
-        mode=mode,
         rounds=usual_rounds if rounds is None else rounds,
         warmup_runs=warmup_runs,
         benchmark_runs=DEFAULT_RUNS if benchmark_runs is None else benchmark_runs,
@@ -224,60 +218,15 @@ def sweep(
     if against is not None:
         judging = {"guard": guard, "strict": strict, "fail_on_regression": fail_on_regression}
         judging["settle"] = rounds is None
-        raise typer.Exit(sweep_against(names, against, config, json=json, **judging))
-    command = command_line("sweep", config, names, defaults=defaults)
-    results, view = measure(names, config, command=command, quiet=quiet)
+        raise typer.Exit(sweep_against(names, against, config, vary=vary, json=json, **judging))
+    command = command_line("sweep", config, names, defaults=defaults, vary=vary)
+    results, view = measure(names, config, vary=vary, command=command, quiet=quiet)
     if json:
         print_json([result.to_json() for result in results])
     else:
+        from longctx.cli._show import show, tail
         from longctx.terminal.console import result_console
 
         show(result_console(), results, view.environment)
         tail(result_console(), view, command)
     raise typer.Exit(exit_code(results, strict=strict, complete=view.complete))
-
-
-def show(console: Console, results: list[BenchmarkResult], environment: dict[str, Any]) -> None:
-    """Environment, table, notes, scaling plot and ranking of a finished sweep."""
-    from rich.text import Text
-
-    from longctx.terminal.console import ascii_only
-    from longctx.terminal.findings import short_form
-    from longctx.terminal.tables import environment_line, notes, ranking_lines, results_table
-
-    plain = ascii_only(console)
-    console.print(environment_line(environment, results[0].dtype if results else None))
-    console.print()
-    console.print(results_table(results, console.width, ascii_only=plain))
-    if len(said := notes(results, ascii_only=plain)):
-        console.print()
-        console.print(said)
-    if len({result.sequence_length for result in results if result.ok}) > 1:
-        from longctx.terminal.plots import plot_size, scaling_plot
-
-        width, height = plot_size(console.width)
-        color = console.is_terminal and not console.no_color
-        console.print()
-        console.print(scaling_plot(results, metric="time", width=width, height=height, color=color, ascii_only=plain))
-    if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
-        console.print()
-        base = "time over Dense's, the median of same-round ratios"
-        console.print(Text(f"Fastest first, {base}:" if "x" in ranking.plain else "Fastest first:", style="bold"))
-        console.print(ranking)
-    if len(said := short_form(results, console.width, ascii_only=plain)):
-        console.print()
-        console.print(said)
-
-
-def tail(console: Console, view: Any, command: str) -> None:
-    """What ended a sweep early, where it is saved, and the command that makes it again."""
-    from rich.text import Text
-
-    from longctx.terminal import format as fmt
-
-    console.print()
-    if not view.complete and view.finished.reason:
-        console.print(Text(f"not complete: {fmt.plain(view.finished.reason)}", style="yellow"), soft_wrap=True)
-    if view.path:
-        console.print(Text(f"results:   {fmt.plain(view.path)}"), soft_wrap=True)
-    console.print(Text(f"reproduce: {fmt.plain(command)}"), soft_wrap=True)

@@ -27,6 +27,9 @@ QUIET = 0.1
 LEAK = {"fp64": 1e-11, "fp32": 1e-5, "bf16": 2e-3, "fp16": 5e-4}
 """Change of an earlier token, relative to its size, from which a later token is taken to have been seen."""
 
+STREAMED = ("decode", "prefill")
+"""The modes in which a block's state is checked too."""
+
 COLUMNS = 16
 SLAB_TOKENS = 1 << 14
 SLOW_S = 2.0
@@ -56,7 +59,7 @@ def check_block(
     found |= {"first_call_s": None, "call_s": None, "calls": 0}
     cache = {} if cache is None else cache
     key = (loaded.source_hash, repr(sorted(loaded.options.items())), cell.d_model, cell.n_heads, cell.num_kv_heads)
-    key += (cell.dtype, str(device), cell.batch_size > 1)
+    key += (cell.dtype, str(device), cell.batch_size > 1, cell.mode if cell.mode in STREAMED else None)
     with torch.inference_mode():
         try:
             # The call at the cell's shape comes first: it is the first call that a user would see.
@@ -99,6 +102,8 @@ def _check_short(
         raise _Wrong(f"gives NaN or infinity at {length} tokens")
     if torch.equal(loaded.checked_call(x.flip(0, 1).neg()), y):
         raise _Wrong("gives the same output for another input")
+    if cell.mode in STREAMED:
+        _carries_on(loaded, x, y, cell)
     if loaded.reference is None:
         _keeps_nothing(loaded, x, y, cell.dtype)
         if loaded.causal:
@@ -127,6 +132,21 @@ def _check_short(
         "passed": passed,
         "reason": reason,
     }
+
+
+def _carries_on(loaded: LoadedBlock, x: Tensor, y: Tensor, cell: Cell) -> None:
+    """A forward that keeps its state, or a step after one, gives the output `y` of the forward that keeps none."""
+    if cell.mode == "prefill":
+        (given, _), expected, what = loaded.prefill(x), y, "a forward that keeps its state"
+    else:
+        _, state = loaded.prefill(x[:, :-1])
+        (given, _), expected, what = loaded.step(x[:, -1:], state), y[:, -1:], "a step"
+    if not isinstance(given, Tensor) or given.shape != expected.shape:
+        raise _Wrong(f"{what} returned no tensor of shape {list(expected.shape)}")
+    expected = expected.double()
+    errors = (given.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-300)
+    if not (worst := float(errors.max())) <= 10 * loaded.tolerances[cell.dtype]:
+        raise _Wrong(f"{what} gives another output than its forward at {x.shape[1]} tokens, by {worst:.2g}")
 
 
 def _keeps_nothing(loaded: LoadedBlock, x: Tensor, y: Tensor, dtype: str) -> None:

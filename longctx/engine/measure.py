@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longctx.config import Cell
+from longctx.engine.call import Run, forward_share, make_input
 from longctx.engine.device import DTYPES
 from longctx.engine.energy import energy_per_call
 from longctx.engine.flags import global_state, pinned_flags
@@ -96,7 +97,7 @@ def measure_cell(
     }
     numbers = ("first_call_s", "host_time_median", "gate_s", "flops", "bytes", "state_bytes", "peak_memory_mb")
     numbers += ("allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token", "calls_per_sample", "contention")
-    numbers += ("joules_per_token",)
+    numbers += ("joules_per_token", "forward_share")
     found |= dict.fromkeys(numbers)
     with global_state():
         try:
@@ -145,6 +146,7 @@ def _measure(
         if found["status"] != "ok":
             return
     run = Run(cell, loaded, x)
+    del x
     if cell.mode != "forward":
         warmed, call_s = 0, None
     if plan.timing:
@@ -161,7 +163,12 @@ def _measure(
         found["path"] = loaded.path
         if timing.device_sync_mismatch:
             raise _Escaped(timing.device_sync_mismatch)
-    if plan.energy:
+        if cell.mode == "train":
+            found["forward_share"] = forward_share(run, device=device, call_s=timing.median)
+        if run.state_bytes is not None:
+            found["state_bytes"] = run.state_bytes
+    # Steps without a pause for seconds would be steps after another context.
+    if plan.energy and cell.mode != "decode":
         emit({"event": "phase", "phase": "energy"})
         run.prepare()
         with run.context():
@@ -177,7 +184,7 @@ def _measure(
                 run.call_prepared,
                 device=device,
                 module=loaded.module,
-                inputs=[run.x, run.state],
+                inputs=run.inputs,
                 floor=floor,
             )
         found |= {
@@ -227,7 +234,7 @@ def _time(
     call_s: float | None,
     first_call: bool,
 ) -> Timing:
-    size = run.x.numel() * run.x.element_size()
+    size = (run.token if cell.mode == "decode" else run.x).nbytes
     inputs = [run.x]
     call: Callable[..., Any] = run.call
     graph = plan.cuda_graph and device.type == "cuda"
@@ -243,6 +250,7 @@ def _time(
             emit=emit,
             inputs=inputs,
             before_sample=run.prepare if cell.mode == "decode" else None,
+            most_calls=run.most_calls,
             warmed=warmed,
             call_s=None if graph else call_s,
             first_call=first_call and not graph,
@@ -269,66 +277,6 @@ def _captured(run: Run) -> Callable[[], None]:
     except RuntimeError as error:
         raise NotImplementedError(f"it cannot be captured in a CUDA graph: {error}") from error
     return graph.replay
-
-
-def make_input(cell: Cell, device: torch.device, *, seed: int) -> Tensor:
-    """x `[B, T, D]`, standard normal from `seed`. The same on every run; touched, so no page is missing later."""
-    generator = torch.Generator(device).manual_seed(seed)
-    shape = (cell.batch_size, cell.length, cell.d_model)
-    return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[cell.dtype])
-
-
-class Run:
-    """The call that a cell's mode is about.
-
-    forward: y of x. prefill: (y, state) of x. decode: one step after x; a stream goes on from step to step and is
-    begun anew before it has grown by an eighth. train: forward in training mode and backward, gradients freed first.
-    """
-
-    def __init__(self, cell: Cell, loaded: LoadedBlock, x: Tensor) -> None:
-        self.cell, self.loaded, self.x = cell, loaded, x
-        self.state: Any = None
-        self.steps = 0
-        self.output: Any = None
-        self.call: Callable[[Tensor], Any] = getattr(self, f"_{cell.mode}")
-        if cell.mode == "train":
-            loaded.module.train()
-            self.x = x.requires_grad_()
-            self.grad = torch.randn_like(x)
-        elif cell.mode == "decode":
-            self.tokens = x[:, -1:].clone()
-
-    def context(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.cell.mode == "train" else torch.inference_mode()
-
-    def prepare(self) -> None:
-        """What comes before a call and is no part of it."""
-        if self.cell.mode == "decode" and (self.state is None or self.steps >= max(16, self.cell.length // 8)):
-            self.state, self.steps = None, 0
-            with torch.inference_mode():
-                _, self.state = self.loaded.prefill(self.x)
-
-    def call_prepared(self) -> Any:
-        return self.call(self.x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return self.loaded.call(x)
-
-    def _prefill(self, x: Tensor) -> tuple[Tensor, Any]:
-        return self.loaded.prefill(x)
-
-    def _decode(self, x: Tensor) -> Tensor:
-        y, self.state = self.loaded.step(self.tokens, self.state)
-        self.steps += 1
-        return y
-
-    def _train(self, x: Tensor) -> Tensor:
-        x.grad = None
-        for parameter in self.loaded.module.parameters():
-            parameter.grad = None
-        y = self.loaded.call(x)
-        y.backward(self.grad)
-        return y.detach()
 
 
 def fault_of(error: BaseException) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -192,11 +193,14 @@ def why_no_cpu_peak() -> str | None:
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
-    """Bytes of the storages that the tensors among `values` lie in, each once; looks into lists, dicts, dataclasses."""
+    """Bytes of the storages that the tensors among `values` lie in, each once; looks into lists, dicts and objects."""
     storages: dict[tuple[str, int], int] = {}
-    todo = list(values)
+    todo, seen = list(values), set()
     while todo:
         value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             storages[str(value.device), storage.data_ptr()] = storage.nbytes()
@@ -204,8 +208,10 @@ def tensor_bytes(values: Iterable[Any]) -> int:
             todo += value
         elif isinstance(value, dict):
             todo += value.values()
-        elif dataclasses.is_dataclass(value):
+        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type | ModuleType | FunctionType):
             todo += vars(value).values()
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            todo += [getattr(value, each.name, None) for each in dataclasses.fields(value)]
     return sum(storages.values())
 
 

@@ -41,6 +41,8 @@ def add_round(row: BenchmarkResult, cell: Cell, found: Mapping[str, Any]) -> Non
     if found["host_time_median"] is not None:
         row.host_times.append(found["host_time_median"])
     row.host_time_median = median(row.host_times)
+    if found.get("forward_share") is not None:
+        row.forward_shares.append(found["forward_share"])
     for name, value in found.items():
         if isinstance(value, float) and not math.isfinite(value):
             continue
@@ -81,6 +83,9 @@ def _derive(row: BenchmarkResult, cell: Cell) -> None:
         row.forward_time_median = round_median(row.samples)
         row.forward_time_ci95 = median_ci95(samples)
         row.throughput_tokens_per_sec = cell.tokens / row.forward_time_mean
+        if (share := median(row.forward_shares)) is not None:
+            row.forward_part_s = share * row.forward_time_median
+            row.backward_part_s = row.forward_time_median - row.forward_part_s
         if row.flops:
             row.tflops = row.flops / row.forward_time_median / 1e12
         unstable = is_unstable(row.samples)

@@ -64,6 +64,7 @@ def run_against(
     other: str,
     config: BenchmarkConfig,
     *,
+    vary: Mapping[str, Sequence[Any]] | None = None,
     on_event: Callable[[Event], None] | None = None,
     command: str | None = None,
     guard: float | None = None,
@@ -72,8 +73,8 @@ def run_against(
     """Measure every one of `blocks` in turns with `other`, as `config` says: (block's row, other's row) of each cell.
 
     other: a block, or a folder in which the same block is found. Both rows are saved, and hold as many samples in each
-    round, of which those in the same place belong together. settle: measure pairs that are inconclusive (with `guard`,
-    as `paired.judge` takes it) in MORE_ROUNDS more rounds. Raises as `run_sweep` does.
+    round, of which those in the same place belong together. vary: as `run_sweep` takes it. settle: measure pairs that
+    are inconclusive (with `guard`, as `paired.judge` takes it) in MORE_ROUNDS more rounds. Raises as `run_sweep` does.
     """
     if config.isolation == "none":
         raise UsageError(
@@ -82,17 +83,25 @@ def run_against(
     rival = opponent(other)
     pairs = _pairs(requested(blocks or config.blocks), rival, everything=not (blocks or config.blocks))
     if command is None:
-        command = against_command(config, [str(ours) for ours, _ in pairs], other)
+        command = against_command(config, [str(ours) for ours, _ in pairs], other, vary=vary)
     more = MORE_ROUNDS if settle else 0
-    sweep = _PairedSweep(pairs, rival, config, guard=guard, more=more, on_event=on_event, command=command)
+    how = {"vary": vary, "on_event": on_event, "command": command}
+    sweep = _PairedSweep(pairs, rival, config, guard=guard, more=more, **how)
     sweep.carry_out()
     return sweep.pairs()
 
 
-def against_command(config: BenchmarkConfig, blocks: Iterable[str], other: str, words: Iterable[str] = ()) -> str:
+def against_command(
+    config: BenchmarkConfig,
+    blocks: Iterable[str],
+    other: str,
+    words: Iterable[str] = (),
+    *,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+) -> str:
     """`longctx sweep ... --against OTHER` that measures the same again."""
     defaults = BenchmarkConfig(fixed_runs=False, rounds=AGAINST_ROUNDS)
-    return command_line("sweep", config, blocks, defaults=defaults, more=["--against", other, *words])
+    return command_line("sweep", config, blocks, defaults=defaults, vary=vary, more=["--against", other, *words])
 
 
 def _pairs(
@@ -321,7 +330,9 @@ class _PairedSweep(Sweep):
             seed = f"{self.config.seed}:{index}:{both[0].label}"
             call_s = {which: answer["call_s"] for which, answer in ready.items()}
             kind = "cpu" if self.device == "cpu" else "cuda"
-            self._alternate(both, Turns(call_s, self.config, kind=kind, seed=seed), found)
+            most = min(filter(None, (answer.get("most_calls") for answer in ready.values())), default=None)
+            turns = Turns(call_s, self.config, kind=kind, seed=seed, most_calls=most)
+            self._alternate(both, turns, found)
         for which in ready:
             if which not in found:
                 found[which] = self._tell(which, both[which], {"job": "end"})

@@ -7,13 +7,13 @@ import dataclasses
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longctx import blocks as own_blocks
 from longctx.analysis.plausibility import mark_suspects
-from longctx.config import BenchmarkConfig, BlockRequest, Cell, command_line, parse_blocks
+from longctx.config import BenchmarkConfig, BlockRequest, Cell, command_line, parse_blocks, variants
 from longctx.engine.judge import Judge
 from longctx.engine.locks import held
 from longctx.engine.machine import available_memory_bytes, default_threads, describe_host, predict_memory_bytes
@@ -50,18 +50,20 @@ def run_sweep(
     blocks: Iterable[str] | None,
     config: BenchmarkConfig,
     *,
+    vary: Mapping[str, Sequence[Any]] | None = None,
     on_event: Callable[[Event], None] | None = None,
     command: str | None = None,
 ) -> list[BenchmarkResult]:
     """Measure `blocks` (None: all of ours) as `config` says. One result a cell, faults included, in cell order.
 
-    on_event is told what happens, in the words of longctx/events.py. command: what reproduces this run, stored in
-    every row. Raises LongctxError before anything is measured for what a user can mend, and ResultsError when saving
-    fails. KeyboardInterrupt passes after the workers have ended; all rows finished by then are on disk.
+    vary: several values for some of `config.AXES`, in the place of the one in `config`; all combinations are measured,
+    in the same rounds. on_event is told what happens, in the words of longctx/events.py. command: what reproduces this
+    run, stored in every row. Raises LongctxError before anything is measured for what a user can mend, and ResultsError
+    when saving fails. KeyboardInterrupt passes after the workers have ended; all rows finished by then are on disk.
     """
     requests = requested(blocks or config.blocks)
-    command = command or command_line("sweep", config, map(str, requests), defaults=BenchmarkConfig())
-    return Sweep(requests, config, on_event=on_event, command=command).carry_out()
+    command = command or command_line("sweep", config, map(str, requests), defaults=BenchmarkConfig(), vary=vary)
+    return Sweep(requests, config, vary=vary, on_event=on_event, command=command).carry_out()
 
 
 def requested(blocks: Iterable[str] | None) -> list[BlockRequest]:
@@ -100,10 +102,12 @@ class Sweep:
         requests: list[BlockRequest],
         config: BenchmarkConfig,
         *,
+        vary: Mapping[str, Sequence[Any]] | None = None,
         on_event: Callable[[Event], None] | None,
         command: str,
     ) -> None:
         self.requests, self.config, self.command = requests, config, command
+        self.varied, self.variants = tuple(vary or ()), variants(config, vary)
         self.emit = on_event or (lambda event: None)
         self.file: ResultsFile | None = None
         self.earlier: dict[tuple[str | None, str], BenchmarkResult] = {}
@@ -111,6 +115,9 @@ class Sweep:
         self.threads = config.threads or default_threads()
         self.deadline = time.monotonic() + config.max_time if config.max_time else None
         self.shown = config.to_json() | {"threads": self.threads}
+        if "dtype" in self.varied:
+            # What `auto` is, should it be among them.
+            self.shown["dtype"] = "auto"
         self.rows: dict[Cell, BenchmarkResult] = {}
         self.keys: dict[Cell, str] = {}
         self.lost: dict[BlockRequest, WorkerLost] = {}
@@ -155,7 +162,12 @@ class Sweep:
         finally:
             if scout is not self.timing:
                 scout.close()
-        self.cells = list(self.config.cells(self.requests, dtype=self.dtype))
+        cells = (
+            cell
+            for each in self.variants
+            for cell in each.cells(self.requests, dtype=self.dtype if each.dtype == "auto" else each.dtype)
+        )
+        self.cells = list(dict.fromkeys(cells))
         self._take_over()
         self._say_started()
         try:
@@ -208,12 +220,17 @@ class Sweep:
     def _describe(self, request: BlockRequest, worker: Worker) -> Worker:
         """Learn what a block is. One that takes its process down keeps its rows, and loses nobody else's."""
         job = {"job": "describe", "target": request.target, "options": dict(request.options)}
+        names = ("d_model", "n_heads", "num_kv_heads")
+        shapes = dict.fromkeys(tuple(getattr(each, name) for name in names) for each in self.variants)
         try:
-            answer = worker.ask(job, timeout=min(START_TIMEOUT_S, self.config.timeout))
-            if answer["identity"] is None:
-                worker.close()
-                raise WorkerLost("oom", answer["kind"], answer["message"], worker.log_tail())
-            self.identities[request] = answer["identity"]
+            for shape in shapes:
+                answer = worker.ask(
+                    job | dict(zip(names, shape, strict=True)), timeout=min(START_TIMEOUT_S, self.config.timeout)
+                )
+                if answer["identity"] is None:
+                    worker.close()
+                    raise WorkerLost("oom", answer["kind"], answer["message"], worker.log_tail())
+                self.identities.setdefault(request, answer["identity"])
         except Refused as refused:
             raise refused.as_error() from None
         except WorkerLost as lost:
@@ -252,7 +269,7 @@ class Sweep:
             key=self.keys[cell],
             source_hash=identity["source_hash"],
             block_options=dict(identity["options"]),
-            config=self.config.to_json(),
+            config=self.config.to_json() | {name: getattr(cell, name) for name in self.varied},
             environment=self.environment,
             command=self.command,
         )
@@ -264,7 +281,7 @@ class Sweep:
                 rounds=self.config.rounds,
                 environment=self.environment,
                 path=str(self.file.path) if self.file else None,
-                reused=tuple(self.rows.values()),
+                reused=dict(self.rows),
                 weights={cell: _weight(cell) for cell in self.cells},
             )
         )
@@ -293,10 +310,11 @@ class Sweep:
             self.timing = None
 
     def _order(self, index: int) -> list[Cell]:
-        """The cells that still lack round `index`: the first goes up in length, later ones are shuffled whole."""
+        """The cells that still lack round `index`: the first goes up in length and batch, later ones are shuffled
+        whole."""
         cells = [cell for cell in self.cells if self._lacks(cell, index)]
         random.Random(f"{self.config.seed}:{index}").shuffle(cells)
-        return cells if index else sorted(cells, key=lambda cell: cell.length)
+        return cells if index else sorted(cells, key=lambda cell: (cell.length, cell.batch_size))
 
     def _lacks(self, cell: Cell, index: int) -> bool:
         row = self.rows.get(cell)
@@ -352,7 +370,8 @@ class Sweep:
         if not counted or not self.config.energy:
             return
         for cell, row in self.rows.items():
-            if row.ok and row.joules_per_token is None and not self.config.cuda_graph:
+            measurable = cell.mode != "decode" and not self.config.cuda_graph
+            if row.ok and row.joules_per_token is None and measurable:
                 self._check_time()
                 self.emit(Notice(text=f"energy of {cell.label}"))
                 self.timing = self.timing or self._ready()
@@ -438,10 +457,10 @@ class Sweep:
     def _why_skip(self, cell: Cell) -> str | None:
         """Why a cell is not tried: a shorter one of the block did not fit, or this one cannot."""
         for other, row in self.rows.items():
-            shorter = dataclasses.replace(cell, length=other.length) == other and other.length < cell.length
-            if shorter and row.status in SPARES_LONGER:
+            if row.status in SPARES_LONGER and _is_part(other, cell):
                 ended = {"oom": "ran out of memory", "timeout": "ran out of time"}[row.status]
-                return f"it {ended} at {other.length:,} tokens already"
+                batch = f" and batch {other.batch_size}" if other.batch_size < cell.batch_size else ""
+                return f"it {ended} at {other.length:,} tokens{batch} already"
         needed = predict_memory_bytes(cell, self.identities[cell.block]["options"])
         free = self.environment.get("gpu_memory_total_bytes") or available_memory_bytes()
         if needed > free:
@@ -469,8 +488,15 @@ class Sweep:
         return results
 
 
+def _is_part(small: Cell, cell: Cell) -> bool:
+    """Whether `small` is the same cell but for being shorter, or of fewer sequences."""
+    same = dataclasses.replace(cell, length=small.length, batch_size=small.batch_size) == small
+    return same and small != cell and small.length <= cell.length and small.batch_size <= cell.batch_size
+
+
 def _weight(cell: Cell) -> float:
     """Cost of one measurement against another's, for time estimates: a fixed part, and what grows with the work."""
     pairs = cell.length**2 / 2 if cell.block.target == "Dense" else cell.length * 512
     flops = cell.batch_size * (24 * cell.d_model**2 * cell.length + 4 * cell.d_model * pairs)
-    return 2e11 + 5 * flops
+    # A few steps of decoding take no time beside the reading of their context.
+    return 2e11 + {"train": 15, "decode": 2}.get(cell.mode, 5) * flops

@@ -72,18 +72,17 @@ class Session:
         return {"device": str(self.device), "dtype": dtype, "environment": environment}
 
     def _describe(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """What the block is: options with every default, source hash, modes. Refused when it cannot be built."""
+        """What the block is: options with every default, source hash, modes. Refused when it cannot be built in the
+        shape of the job, or of the configuration."""
         from longctx.engine.checkout import check_origin
         from longctx.engine.flags import global_state
         from longctx.engine.loading import describe_block
 
         request = BlockRequest(target=job["target"], options=tuple(sorted(job["options"].items())))
-        config = self.config
+        shape = {name: job.get(name, self.config[name]) for name in ("d_model", "n_heads", "num_kv_heads")}
         try:
             with global_state():
-                identity = describe_block(
-                    request, d_model=config["d_model"], n_heads=config["n_heads"], num_kv_heads=config["num_kv_heads"]
-                )
+                identity = describe_block(request, **shape)
         except MemoryError as error:
             return {"identity": None, "kind": type(error).__name__, "message": str(error) or "out of memory"}
         if self.beside:

@@ -95,6 +95,7 @@ def time_call(
     emit: Emit | None = None,
     inputs: Sequence[Any] = (),
     before_sample: Callable[[], None] | None = None,
+    most_calls: int | None = None,
     warmed: int = 0,
     call_s: float | None = None,
     first_call: bool = True,
@@ -103,9 +104,10 @@ def time_call(
 ) -> Timing:
     """Time `fn()`, or `fn(x)` with x going round through `inputs`.
 
-    before_sample runs before each sample, outside of it. warmed and call_s: calls that were made before, and how long
-    the last took. first_call: time one call apart, before the warm-up. flush: write over the L2 cache before each CUDA
-    sample. orders: take samples when these say so, in turns with another process. What `fn` raises passes through.
+    before_sample runs before each sample, outside of it. most_calls: of a sample, at most. warmed, call_s: calls that
+    were made before, and how long the last took. first_call: time one call apart, before the warm-up. flush: write over
+    the L2 cache before each CUDA sample. orders: take samples when these say so, in turns with another process. What
+    `fn` raises passes through.
     """
     emit = emit or (lambda event: None)
     calls = _Calls(fn, inputs, before_sample)
@@ -118,6 +120,7 @@ def time_call(
         emit({"event": "phase", "phase": "warmup"})
         warmups, call_s = _warm_up(clock, plan, warmed=warmed, call_s=call_s)
         calls_per_sample = max(1, math.ceil(MIN_SAMPLE_S[clock.kind] / call_s))
+        calls_per_sample = min(calls_per_sample, most_calls or calls_per_sample)
         emit({"event": "phase", "phase": "timing"})
         gpu_before, host_before = _cooled(device), contention_sample()
         contention = None
@@ -128,7 +131,7 @@ def time_call(
             )
         else:
             # The neighbour whose turn it was would count as contention.
-            samples, calls_per_sample = _sample_in_turns(clock, orders, emit, call_s=call_s)
+            samples, calls_per_sample = _sample_in_turns(clock, orders, emit, call_s=call_s, most_calls=most_calls)
         mismatch = clock.escaped(statistics.median(samples))
         timing = Timing(
             samples=samples,
@@ -227,17 +230,17 @@ def _sample(clock: _Clock, plan: SamplingPlan, emit: Emit, *, call_s: float, cal
 
 
 def _sample_in_turns(
-    clock: _Clock, orders: Iterator[Mapping[str, Any]], emit: Emit, *, call_s: float
+    clock: _Clock, orders: Iterator[Mapping[str, Any]], emit: Emit, *, call_s: float, most_calls: int | None
 ) -> tuple[list[float], int]:
     """Samples as ordered, between which another process has its turns. Returns (samples, calls a sample).
 
-    Emits {"event": "ready", "call_s"}, then for each order {"job": "take", "count", "calls"} an event
+    Emits {"event": "ready", "call_s", "most_calls"}, then for each order {"job": "take", "count", "calls"} an event
     {"event": "taken", "samples"}. Any other order ends it. A turn begins with a call that does not count: it finds the
     caches full of the other's data, and perhaps the other's threads not yet asleep.
     """
     samples: list[float] = []
     calls = 1
-    emit({"event": "ready", "call_s": call_s})
+    emit({"event": "ready", "call_s": call_s, "most_calls": most_calls})
     for order in orders:
         if order["job"] != "take":
             break

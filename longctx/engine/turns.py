@@ -36,14 +36,24 @@ SLOW_S, SLOW_TURNS, SLOW_BUDGET_S = 0.5, 3, 12.0
 class Turns:
     """One round of a pair, or of a side that is left without the other. Sides are 0 and 1."""
 
-    def __init__(self, call_s: Mapping[int, float], config: BenchmarkConfig, *, kind: str, seed: str) -> None:
-        """call_s: seconds a call of each side that is ready. kind: cpu or cuda. seed: decides who begins."""
+    def __init__(
+        self,
+        call_s: Mapping[int, float],
+        config: BenchmarkConfig,
+        *,
+        kind: str,
+        seed: str,
+        most_calls: int | None = None,
+    ) -> None:
+        """call_s: seconds a call of each side that is ready. kind: cpu or cuda. seed: decides who begins. most_calls:
+        of a sample, at most."""
         self.kind = kind
         self.exact = config.benchmark_runs if config.exact_runs else None
         self.calls = {which: max(1, math.ceil(MIN_SAMPLE_S[kind] / time_s)) for which, time_s in call_s.items()}
         if max(call_s.values()) < 2 * min(call_s.values()):
             # Samples of more calls spread less, and around another middle where noise goes one way.
             self.calls = dict.fromkeys(call_s, max(self.calls.values()))
+        self.calls = {which: min(calls, most_calls or calls) for which, calls in self.calls.items()}
         slowest = max(call_s[which] * calls for which, calls in self.calls.items())
         self.slow = slowest >= SLOW_S
         self.count = min(MAX_TURN, max(1, math.ceil(TURN_S / slowest)))

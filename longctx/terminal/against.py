@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from longctx.analysis.paired import PairedCell
+from longctx.analysis.settings import in_words, varying
 from longctx.terminal import format as fmt
 from longctx.terminal.tables import Column, layout, status_word
 
@@ -20,11 +21,13 @@ STYLES = {"faster": "bold green", "slower": "bold red", "same": "green", "inconc
 def paired_table(cells: Sequence[PairedCell], width: int, *, ascii_only: bool = False) -> Text:
     """Block, tokens, its time and the other's, ratio of the pairs with interval, verdict, and why there is none."""
     rows = sorted(cells, key=lambda cell: cell.ours.sequence_length)
+    axes = varying(cell.ours for cell in rows)
     outcomes = [cell.outcome for cell in rows]
     unit = fmt.column_unit(row.time_s for cell in rows for row in (cell.ours, cell.theirs) if row.ok)
     columns = [
         Column(header="block", cells=[fmt.plain(c.ours.block_name) for c in rows], right=False, flexible=True),
         Column(header="against", cells=[fmt.plain(c.theirs.block_name) for c in rows], right=False, flexible=True),
+        *(Column(header=axis.header, cells=[fmt.plain(axis.of(cell.ours)) for cell in rows]) for axis in axes),
         Column(header="tokens", cells=[fmt.tokens(cell.ours.sequence_length) for cell in rows]),
         Column(header=f"time {unit.name}", cells=[_time(cell.ours, unit) for cell in rows], keep=2),
         Column(header=f"against {unit.name}", cells=[_time(cell.theirs, unit) for cell in rows], keep=1),
@@ -41,10 +44,11 @@ def reasons(cells: Sequence[PairedCell]) -> Text:
     """One line for each undecided pair: why."""
     from rich.text import Text
 
-    text = Text()
+    text, axes = Text(), varying(cell.ours for cell in cells)
     for cell in cells:
         if cell.outcome.verdict == "inconclusive":
             place = f"{fmt.plain(cell.ours.block_name)} at {fmt.tokens(cell.ours.sequence_length)}"
+            place += f" ({fmt.plain(in_words(cell.ours, axes))})" if axes else ""
             text.append("inconclusive: ", style=STYLES["inconclusive"])
             text.append(f"{place}, {fmt.plain(cell.outcome.reason)}\n")
     text.rstrip()

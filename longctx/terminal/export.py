@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from longctx.analysis.conclusions import Conclusions, conclude
+from longctx.analysis.conclusions import Conclusions, conclude, conclude_modes
 from longctx.analysis.crossover import Crossover
 from longctx.analysis.ranking import BASE, base_of, ratio
+from longctx.analysis.settings import by_mode, in_words, varying
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import problems, slopes
 from longctx.results import BenchmarkResult, jsonable
@@ -30,6 +31,7 @@ from longctx.terminal.findings import (
     time_word,
 )
 from longctx.terminal.format import plain
+from longctx.terminal.tables import MODE_HEADS
 
 COLUMNS = (
     "block_name",
@@ -51,14 +53,25 @@ COLUMNS = (
     "memory_efficiency_mb_per_token",
     "peak_bytes_per_token",
     "tflops",
+    "forward_part_s",
+    "backward_part_s",
+    "state_bytes",
     "path",
 )
+OPTIONAL = {
+    "forward_part_s": ("forward (ms)", 1e3),
+    "backward_part_s": ("backward (ms)", 1e3),
+    "state_bytes": ("state (MiB)", 2.0**-20),
+}
+"""Columns of modes that have them: field -> heading, and the factor to its unit."""
 
 
-def document(results: Sequence[BenchmarkResult], *, crossovers: Sequence[Crossover] | None = None) -> dict[str, Any]:
+def document(
+    results: Sequence[BenchmarkResult], *, crossovers: Mapping[str, Sequence[Crossover]] | None = None
+) -> dict[str, Any]:
     """The results with what was derived from them: ratios to Dense, laws, crossovers, best blocks. Plain data for JSON.
 
-    crossovers: those asked for, in place of those against Dense.
+    crossovers: those asked for, by mode, in place of those against Dense.
     """
     return jsonable(
         {
@@ -74,13 +87,15 @@ def document(results: Sequence[BenchmarkResult], *, crossovers: Sequence[Crossov
             ],
             "local_slopes": [
                 {
+                    "mode": mode,
                     "name": row.name,
                     "time": row.time and row.time.slope,
                     "memory": row.memory and row.memory.slope,
                 }
-                for row in slopes(results)
+                for mode, rows in by_mode(results).items()
+                for row in slopes(rows)
             ],
-            **findings_document(conclude(results), crossovers),
+            **findings_document(conclude_modes(results), crossovers),
         }
     )
 
@@ -108,44 +123,67 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
 
 
 def to_markdown(
-    results: Sequence[BenchmarkResult], *, environment: str = "", crossovers: Sequence[Crossover] | None = None
+    results: Sequence[BenchmarkResult],
+    *,
+    environment: str = "",
+    crossovers: Mapping[str, Sequence[Crossover]] | None = None,
 ) -> str:
-    """Tables in GitHub's Markdown: every row with its ratio to Dense, growth, crossovers, best blocks, rows that are
-    not ok; the summary last."""
-    head = ["block", "tokens", "time (ms)", f"time / {BASE}", "tokens/s", "peak (MiB)", "status"]
+    """Tables in GitHub's Markdown, for each mode: every row with its ratio to Dense, growth, crossovers, best blocks;
+    then rows that are not ok, and the summary. crossovers: as `document` takes them."""
+    modes, parts, said = by_mode(results), [], []
+    for mode, rows in modes.items():
+        found = conclude(rows)
+        if len(modes) > 1 or mode != "forward":
+            parts.append(f"**{markdown_text(MODE_HEADS.get(mode, mode))}**")
+        parts.append(_rows_table(rows))
+        parts += _findings(found, found.crossovers if crossovers is None else crossovers.get(mode, ()))
+        if found.sentences:
+            said.append(" ".join([*([f"{mode.capitalize()}:"] if len(modes) > 1 else []), *found.sentences]))
+    axes, failed = varying(results), problems(results)
+    if failed:
+        lines = [
+            f"- {markdown_text(r.block_name)} at {r.sequence_length:,}"
+            + (f" ({markdown_text(in_words(r, axes))})" if axes else "")
+            + f": {markdown_text(r.status)}"
+            + (f", {markdown_text(why)}" if why else "")
+            for r, why in failed
+        ]
+        parts.append("\n".join(lines))
+    parts += map(markdown_text, said)
+    if environment:
+        parts.append(markdown_text(environment))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows_table(results: Sequence[BenchmarkResult]) -> str:
+    """The rows of one mode by length; what differs between them besides has a column each."""
+    axes = varying(results)
+    shown = [name for name in OPTIONAL if any(getattr(row, name) is not None for row in results if row.ok)]
+    if results[0].mode not in ("decode", "prefill"):
+        shown = [name for name in shown if name != "state_bytes"]
+    head = ["block", *(axis.header for axis in axes), "tokens", "time (ms)", f"time / {BASE}", "tokens/s", "peak (MiB)"]
+    head += [*(OPTIONAL[name][0] for name in shown), "status"]
     rows = []
     for result in sorted(results, key=lambda r: r.sequence_length):
         status = result.status if result.ok else f"**{markdown_text(result.status)}**"
         if result.warnings:
             status += f" ({markdown_text(', '.join(map(str, result.warnings)))})"
-        shown = result if result.ok else None
+        ok = result.ok
         rows.append(
             [
                 markdown_text(result.block_name),
+                *("" if (value := axis.of(result)) is None else markdown_text(value) for axis in axes),
                 f"{result.sequence_length:,}",
-                _figure(shown and result.time_s, 1e3),
+                _figure(result.time_s if ok else None, 1e3),
                 f"{found:.2f}" if (found := _ratio_to_base(result, results)) else "",
-                _figure(shown and result.throughput_tokens_per_sec),
-                _figure(shown and result.peak_memory_mb),
+                _figure(result.throughput_tokens_per_sec if ok else None),
+                _figure(result.peak_memory_mb if ok else None),
+                *(_figure(getattr(result, name) if ok else None, OPTIONAL[name][1]) for name in shown),
                 status,
             ]
         )
-    parts = [markdown_table(head, rows, right=range(1, 6))]
-    found = conclude(results)
-    parts += _findings(found, found.crossovers if crossovers is None else crossovers)
-    failed = problems(results)
-    if failed:
-        lines = [
-            f"- {markdown_text(r.block_name)} at {r.sequence_length:,}: {markdown_text(r.status)}"
-            + (f", {markdown_text(why)}" if why else "")
-            for r, why in failed
-        ]
-        parts.append("\n".join(lines))
-    if found.sentences:
-        parts.append(markdown_text(" ".join(found.sentences)))
-    if environment:
-        parts.append(markdown_text(environment))
-    return "\n\n".join(parts) + "\n"
+    first = 1 + len(axes)
+    return markdown_table(head, rows, right=range(first, len(head) - 1))
 
 
 def _findings(found: Conclusions, crossovers: Sequence[Crossover]) -> list[str]:

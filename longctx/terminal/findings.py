@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.best import Best
-from longctx.analysis.conclusions import Conclusions, about, about_range, conclude
+from longctx.analysis.conclusions import Conclusions, about, about_range, conclude_modes
 from longctx.analysis.crossover import Crossover
 from longctx.analysis.curves import Growth
 from longctx.analysis.laws import Law
@@ -28,14 +28,18 @@ def growth_table(found: Sequence[Growth], width: int, *, ascii_only: bool = Fals
 
     if not found:
         return Text()
+    decoding = any(row.mode == "decode" for growth in found for row in growth.curve.rows.values())
+    memory = "state" if decoding else "memory"
     columns = [
         Column(header="block", cells=[fmt.plain(g.curve.name) for g in found], right=False, flexible=True),
         Column(header="time k", cells=[exponent(g.time) for g in found]),
         Column(header="95%", cells=[interval(g.time) for g in found], keep=7),
         Column(header="time is", cells=[time_word(g) for g in found], keep=8, right=False),
         Column(header="floor", cells=[floor(g.time) for g in found], keep=3),
-        Column(header="memory k", cells=[exponent(g.memory) for g in found], keep=6),
-        Column(header="memory is", cells=[g.memory.word if g.memory else fmt.NONE for g in found], keep=2, right=False),
+        Column(header=f"{memory} k", cells=[exponent(g.memory) for g in found], keep=6),
+        Column(
+            header=f"{memory} is", cells=[g.memory.word if g.memory else fmt.NONE for g in found], keep=2, right=False
+        ),
         Column(header="fit", cells=[kind(g.time or g.memory) for g in found], keep=4, right=False),
         Column(header="lengths", cells=[span(g.time or g.memory) for g in found], keep=1, right=False),
     ]
@@ -188,11 +192,16 @@ def summary_text(sentences: Sequence[str], width: int, *, ascii_only: bool = Fal
 
 
 def sections(
-    found: Conclusions, width: int, *, ascii_only: bool = False, extra: Sequence[Crossover] | None = None
+    found: Conclusions,
+    width: int,
+    *,
+    ascii_only: bool = False,
+    mode: str = "",
+    extra: Sequence[Crossover] | None = None,
 ) -> list[tuple[str, Text]]:
     """(title, body) of growth, crossovers and best blocks, those without content left out.
 
-    extra: crossovers asked for, in place of those against Dense.
+    mode: named in the titles. extra: crossovers asked for, in place of those against Dense.
     """
     crossings = found.crossovers if extra is None else extra
     growth = growth_table(found.growths, width, ascii_only=ascii_only)
@@ -203,23 +212,37 @@ def sections(
         (CROSSING_HEAD, _lined(map(crossing_line, crossings), width, ascii_only=ascii_only)),
         (BEST_HEAD, best_table(found.best, width, ascii_only=ascii_only)),
     ]
-    return [(title, body) for title, body in parts if body.plain.strip()]
+    tail = f", {fmt.plain(mode)}" if mode else ""
+    return [(title + tail, body) for title, body in parts if body.plain.strip()]
 
 
 def short_form(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
-    """What ends a sweep: exponents and crossovers where there are several lengths, and the summary in bold."""
+    """What ends a sweep: exponents and crossovers where there are several lengths, and the summary in bold, for each
+    mode by itself."""
     from rich.text import Text
 
-    found = conclude(results)
+    modes = conclude_modes(results)
     text = Text(no_wrap=True, overflow="ignore")
-    for title, body in sections(found, width, ascii_only=ascii_only)[:2]:
-        if title != BEST_HEAD:
-            text.append(f"{title}\n", style="bold").append_text(body).append("\n\n")
-    if found.sentences:
-        said = summary_text(found.sentences, width, ascii_only=ascii_only)
-        said.stylize("bold")
-        text.append_text(said)
+    for mode, found in modes.items():
+        for title, body in sections(found, width, ascii_only=ascii_only, mode=mode if len(modes) > 1 else "")[:2]:
+            if not title.startswith(BEST_HEAD):
+                text.append(f"{title}\n", style="bold").append_text(body).append("\n\n")
+    text.append_text(summary(modes, width, ascii_only=ascii_only))
     text.rstrip()
+    return text
+
+
+def summary(modes: Mapping[str, Conclusions], width: int, *, ascii_only: bool = False) -> Text:
+    """The sentences on each mode in bold, a paragraph each, under its name where there are several."""
+    from rich.text import Text
+
+    text = Text(no_wrap=True, overflow="ignore")
+    for mode, found in modes.items():
+        if found.sentences:
+            said = [f"{fmt.plain(mode).capitalize()}:"] if len(modes) > 1 else []
+            text.append("\n" if text.plain else "")
+            text.append_text(summary_text([*said, *found.sentences], width, ascii_only=ascii_only))
+    text.stylize("bold")
     return text
 
 
@@ -242,8 +265,19 @@ def law_document(law: Law | None) -> dict[str, Any] | None:
     }
 
 
-def findings_document(found: Conclusions, extra: Sequence[Crossover] | None = None) -> dict[str, Any]:
-    """Laws, crossovers, best blocks and summary as plain data."""
+def findings_document(
+    modes: Mapping[str, Conclusions], extra: Mapping[str, Sequence[Crossover]] | None = None
+) -> dict[str, Any]:
+    """Laws, crossovers, best blocks and summary of every mode as plain data. extra: as `sections`, by mode."""
+    document: dict[str, Any] = {}
+    for mode, found in modes.items():
+        for name, entries in _mode_document(found, (extra or {}).get(mode)).items():
+            marked = entries if name == "summary" else [{"mode": mode, **entry} for entry in entries]
+            document.setdefault(name, []).extend(marked)
+    return document
+
+
+def _mode_document(found: Conclusions, extra: Sequence[Crossover] | None) -> dict[str, Any]:
     return {
         "laws": [
             {

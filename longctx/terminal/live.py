@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.text import Text
 
+from longctx.analysis.settings import Axis, in_words, varying, without
 from longctx.config import Cell
 from longctx.events import (
     CellFinished,
@@ -30,6 +31,7 @@ from longctx.events import (
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.console import ascii_only
+from longctx.terminal.estimate import Estimate
 from longctx.terminal.tables import Column, environment_line, gate_error, layout, status_word
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class SweepView:
         self.path: str | None = None
         self.environment: dict[str, Any] = {}
         self.cells: tuple[Cell, ...] = ()
+        self.axes: list[Axis] = []
+        """Along which the cells differ, block and length aside."""
         self.rounds = 1
         self.round = 0
         self.results: dict[Cell, BenchmarkResult] = {}
@@ -86,9 +90,8 @@ class SweepView:
             case SweepStarted():
                 self.path, self.environment = event.path, event.environment
                 self.cells, self.rounds = event.cells, event.rounds
-                places = {(cell.block.name, cell.length): cell for cell in event.cells}
-                reused = {places.get((row.block_name, row.sequence_length)): row for row in event.reused}
-                self.results = {cell: row for cell, row in reused.items() if cell is not None}
+                self.axes = varying(event.cells)
+                self.results = dict(event.reused)
                 self.estimate.start(event, self.results)
                 self.steps = self.estimate.runs_left()
             case RoundStarted():
@@ -126,18 +129,18 @@ class PlainView(SweepView):
             case RoundStarted() if self.rounds > 1:
                 self.say(Text(f"round {event.index + 1} of {self.rounds}"))
             case CellFinished():
-                self.say(Text(self._line(event)))
+                self.say(Text(self._said(event)))
             case Notice() if event.level == "info":
                 self.say(Text(fmt.plain(event.text)))
 
-    def _line(self, event: CellFinished) -> str:
+    def _said(self, event: CellFinished) -> str:
         count = f"[{self.step:>{len(str(self.steps))}}/{self.steps}]"
-        return f"{count} {finished_line(event.cell, event.result)}"
+        return f"{count} {finished_line(event.cell, event.result, self.axes)}"
 
 
-def finished_line(cell: Cell, result: BenchmarkResult) -> str:
-    """`BLADE 4K  12.3 ms  64.0 MiB  error 1.2e-07`: one row in one line."""
-    parts = [f"{fmt.plain(cell.block.name)} {fmt.tokens(cell.length)}"]
+def finished_line(cell: Cell, result: BenchmarkResult, axes: Sequence[Axis] = ()) -> str:
+    """`BLADE 4K  12.3 ms  64.0 MiB  error 1.2e-07`: one row in one line. axes: those to name besides."""
+    parts = [f"{fmt.plain(cell.block.name)} {fmt.tokens(cell.length)}", *([in_words(cell, axes)] if axes else [])]
     if not result.ok:
         error = result.error if isinstance(result.error, dict) else {}
         said = fmt.shorten(fmt.plain(error.get("message") or ""), 160)
@@ -201,7 +204,7 @@ class LiveView(SweepView):
                     self.sample_count = event.count
                 case CellFinished():
                     self.running = None
-                    self.message = finished_line(event.cell, event.result)
+                    self.message = finished_line(event.cell, event.result, self.axes)
                 case Notice() if event.level == "info":
                     self.message = fmt.plain(event.text)
         # A sample may come every few microseconds: those are left to the next regular drawing.
@@ -221,7 +224,7 @@ class LiveView(SweepView):
             lines = [self._progress(width), self._now(width)]
             room = height - len(lines) - 4
             if self.cells and room >= 3:
-                lines += [Text(""), self._table(width, room)]
+                lines += [Text(""), *self._tables(width, room)]
             return Group(*lines)
 
     def _progress(self, width: int) -> Text:
@@ -247,7 +250,7 @@ class LiveView(SweepView):
         cell = self.running
         if cell is None:
             return Text(fmt.shorten(self.message, width), style="dim", no_wrap=True)
-        head = f" {fmt.tokens(cell.length)}  {self.phase}"
+        head = f" {fmt.tokens(cell.length)}  " + "".join(f"{axis.text(cell)}  " for axis in self.axes) + self.phase
         if self.sample_count:
             last = " ".join(fmt.duration(s).replace(" ", "") for s in self.samples)
             samples = f"  {self.sample_count} sample{'' if self.sample_count == 1 else 's'}: {last}"
@@ -255,40 +258,71 @@ class LiveView(SweepView):
         name = fmt.shorten(fmt.plain(cell.block.name), max(8, width - len(head)), ellipsis="~" if self.ascii else "…")
         return Text.assemble((name, "bold cyan"), head, no_wrap=True, overflow="ellipsis")
 
-    def _table(self, width: int, room: int) -> Text:
-        """Blocks down, lengths across; what does not fit is left out around the running cell."""
-        blocks = list(dict.fromkeys(cell.block for cell in self.cells))
-        lengths = sorted({cell.length for cell in self.cells})
-        by_place = {(cell.block, cell.length): cell for cell in self.cells}
-        focus = blocks.index(self.running.block) if self.running and self.running.block in blocks else 0
-        hidden = len(blocks) > room - 1
-        shown = _window(blocks, focus, max(1, room - 2 if hidden else room - 1))
-        unit = fmt.column_unit(r.time_s for r in self.results.values() if r.ok)
+    def _tables(self, width: int, room: int) -> list[Text]:
+        """A table for each mode if all fit on the screen, else that of the running cell alone."""
+        modes: dict[str, dict[tuple, Cell]] = {}
+        for cell in self.cells:
+            modes.setdefault(cell.mode, {}).setdefault(self._line(cell), cell)
+        needed = sum(len(lines) + 2 for lines in modes.values()) - 1
+        if needed <= room:
+            return [
+                part
+                for index, (mode, lines) in enumerate(modes.items())
+                for part in ([Text("")] if index else []) + [self._table(mode, list(lines.values()), width, room)]
+            ]
+        mode = self.running.mode if self.running else next(iter(modes))
+        return [self._table(mode, list(modes[mode].values()), width, room)]
+
+    def _line(self, cell: Cell) -> tuple:
+        """What the line of a table stands for: a block in a setting."""
+        return (cell.block, *(axis.of(cell) for axis in self.axes))
+
+    def _table(self, mode: str, heads: list[Cell], width: int, room: int) -> Text:
+        """Blocks and settings of a mode down, lengths across; what does not fit is left out around the running cell.
+
+        heads: any cell of each line.
+        """
+        cells = [cell for cell in self.cells if cell.mode == mode]
+        lengths = sorted({cell.length for cell in cells})
+        by_place = {(self._line(cell), cell.length): cell for cell in cells}
+        lines = [self._line(head) for head in heads]
+        running = self.running if self.running and self._line(self.running) in lines else None
+        hidden = len(heads) > room - 1
+        size = max(1, room - 2 if hidden else room - 1)
+        shown = _window(heads, lines.index(self._line(running)) if running else 0, size)
+        unit = fmt.column_unit(self.results[cell].time_s for cell in cells if self._is_ok(cell))
+        word = mode if any(axis.name == "mode" for axis in self.axes) or mode != "forward" else "time"
         columns = [
             Column(
-                header=f"time {unit.name}",
-                cells=[fmt.plain(block.name) for block in shown],
+                header=f"{word} {unit.name}",
+                cells=[fmt.plain(head.block.name) for head in shown],
                 right=False,
                 flexible=True,
             )
         ]
+        for axis in without(self.axes, ("mode",)):
+            columns.append(Column(header=axis.header, cells=[fmt.plain(axis.of(head)) for head in shown]))
         styles: dict[tuple[int, str], str] = {}
-        length_focus = self.running.length if self.running else lengths[-1]
+        length_focus = running.length if running else lengths[-1]
         for length in lengths:
-            cells = []
-            for row, block in enumerate(shown):
-                word, style = self._place(by_place.get((block, length)), unit)
-                cells.append(word)
+            words = []
+            for row, head in enumerate(shown):
+                said, style = self._place(by_place.get((self._line(head), length)), unit)
+                words.append(said)
                 styles[row, fmt.tokens(length)] = style
             # The lengths nearest to the running one stay the longest.
-            distance = abs(lengths.index(length) - lengths.index(length_focus)) if length_focus in lengths else 0
-            columns.append(Column(header=fmt.tokens(length), cells=cells, keep=100 - distance))
-        errors = [self._worst_error(block) for block in shown]
+            distance = abs(lengths.index(length) - lengths.index(length_focus))
+            columns.append(Column(header=fmt.tokens(length), cells=words, keep=100 - distance))
+        errors = [self._worst_error(head) for head in shown]
         columns.append(Column(header="error", cells=[fmt.error(error) for error in errors], keep=99))
         text = layout(columns, width, ascii_only=self.ascii, styles=styles)
         if hidden:
-            text.append(f"\n{len(blocks) - len(shown)} more blocks", style="dim")
+            what = "rows" if without(self.axes, ("mode",)) else "blocks"
+            text.append(f"\n{len(heads) - len(shown)} more {what}", style="dim")
         return text
+
+    def _is_ok(self, cell: Cell) -> bool:
+        return cell in self.results and self.results[cell].ok
 
     def _place(self, cell: Cell | None, unit: fmt.Unit) -> tuple[str, str]:
         if cell is None:
@@ -301,97 +335,11 @@ class LiveView(SweepView):
             return status_word(result), "bold red" if result.status in ("wrong", "impossible") else "yellow"
         return unit.text(result.time_s), "bold cyan" if running else ""
 
-    def _worst_error(self, block: object) -> float | None:
-        errors = [gate_error(result) for cell, result in self.results.items() if cell.block == block]
+    def _worst_error(self, head: Cell) -> float | None:
+        errors = [gate_error(result) for cell, result in self.results.items() if self._line(cell) == self._line(head)]
         return max((error for error in errors if error is not None), default=None)
 
 
 def _window(items: list[Any], focus: int, size: int) -> list[Any]:
     start = max(0, min(focus - size // 2, len(items) - size))
     return items[start : start + size]
-
-
-class Estimate:
-    """How much of a sweep is done and how long the rest takes, from predicted costs and measured durations.
-
-    A cell's duration is predicted as `fixed + slope * weight`, fitted to what was measured; once a cell has run in a
-    later round, where nothing is checked any more, its own duration is the prediction.
-    """
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.weights: dict[Cell, float] = {}
-        self.rounds = 1
-        self.left: dict[Cell, int] = {}
-        """Rounds that a cell has still to be measured in."""
-        self.durations: dict[Cell, float] = {}
-        self._running: tuple[Cell, float] | None = None
-        """The cell that is being measured, and since when."""
-
-    def start(self, event: SweepStarted, reused: Mapping[Cell, BenchmarkResult]) -> None:
-        self.started = time.monotonic()
-        self.rounds = event.rounds
-        self.weights = {cell: max(0.0, event.weights.get(cell, 1.0)) for cell in event.cells}
-        self.left = {cell: self._rounds_left(reused.get(cell)) for cell in event.cells}
-
-    def _rounds_left(self, result: BenchmarkResult | None) -> int:
-        if result is None:
-            return self.rounds
-        return max(0, self.rounds - len(result.samples)) if result.ok else 0
-
-    def cell_started(self, cell: Cell) -> None:
-        self._running = cell, time.monotonic()
-
-    def cell_finished(self, event: CellFinished) -> None:
-        if self._running is not None and event.result.status != "skipped":
-            took = time.monotonic() - self._running[1]
-            once = (event.result.gate_s or 0.0) + (event.result.first_call_s or 0.0) if event.round == 0 else 0.0
-            self.durations[event.cell] = max(0.05 * took, took - once)
-        self._running = None
-        self.left[event.cell] = self._rounds_left(event.result)
-
-    def runs_left(self) -> int:
-        """Measurements still to come."""
-        return sum(self.left.values())
-
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.started
-
-    def _predict(self) -> tuple[float, float] | None:
-        """(fixed, slope) of duration over weight, None until something was measured."""
-        points = [(self.weights.get(cell, 1.0), took) for cell, took in self.durations.items()]
-        if not points:
-            return None
-        mean_x = sum(x for x, _ in points) / len(points)
-        mean_y = sum(y for _, y in points) / len(points)
-        spread = sum((x - mean_x) ** 2 for x, _ in points)
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
-        slope = max(0.0, min(slope, mean_y / mean_x if mean_x else 0.0))
-        return max(0.0, mean_y - slope * mean_x), slope
-
-    def _left_s(self) -> float | None:
-        line = self._predict()
-        if line is None:
-            return None
-
-        def one(cell: Cell) -> float:
-            return self.durations.get(cell, line[0] + line[1] * self.weights.get(cell, 1.0))
-
-        left = sum(runs * one(cell) for cell, runs in self.left.items() if runs)
-        if self._running is not None:
-            # One that takes longer than predicted takes nothing off the others.
-            cell, since = self._running
-            left -= min(time.monotonic() - since, one(cell))
-        return max(0.0, left)
-
-    def remaining_s(self) -> float | None:
-        """Seconds still to go; None until two cells were measured, which is when it begins to mean something."""
-        return self._left_s() if len(self.durations) >= 2 else None
-
-    def share(self) -> float:
-        """Done part of the whole, 0 to 1, by time."""
-        left = self._left_s()
-        if left is None:
-            return 0.0
-        whole = self.elapsed_s() + left
-        return min(1.0, self.elapsed_s() / whole) if whole else 1.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.ranking import BASE, base_of, ratio
+from longctx.analysis.settings import Axis, by_mode, in_words, varying
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import rankings, reason
 from longctx.results import BenchmarkResult
@@ -137,41 +138,76 @@ def _stacked(columns: Sequence[Column], width: int, *, ascii_only: bool) -> Text
 # -- tables of results ---------------------------------------------------------------------------------------------
 
 
-def results_table(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
-    """All rows by length, in the order of the results within a length: time, spread, throughput, memory, ratio to
-    Dense as the median of same-round ratios, error against the reference, status."""
-    rows = sorted(results, key=lambda result: result.sequence_length)
+MODE_HEADS = {
+    "forward": "forward: no state kept, no gradients",
+    "train": "train: forward, loss and backward",
+    "decode": "decode: one token after so many",
+    "prefill": "prefill: forward with the state kept",
+}
+
+
+def mode_tables(
+    results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False, ranked: bool = False
+) -> Text:
+    """A table for each mode, under its name if it is not forward alone. ranked: fastest first."""
+    from rich.text import Text
+
+    text, modes = Text(no_wrap=True, overflow="ignore"), by_mode(results)
+    for index, (mode, rows) in enumerate(modes.items()):
+        text.append("\n\n" if index else "")
+        head = MODE_HEADS.get(mode, fmt.plain(mode)) if len(modes) > 1 or mode != "forward" else ""
+        if not ranked and not _shows_tokens(rows):
+            head = ", ".join(filter(None, [head, f"{rows[0].sequence_length:,} tokens"]))
+        if head:
+            text.append(f"{fmt.shorten(head, width)}\n", style="bold")
+        text.append_text(results_table(rows, width, ascii_only=ascii_only, ranked=ranked))
+    return text
+
+
+def results_table(
+    results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False, ranked: bool = False
+) -> Text:
+    """Rows of one mode by length and setting, in their own order within those or, `ranked`, the fastest first.
+
+    Time, spread, throughput, memory, ratio to Dense as the median of same-round ratios, error against the reference,
+    status. What is the same in all rows, a single length too, has no column.
+    """
+    axes = varying(results)
+
+    def place(row: BenchmarkResult) -> tuple:
+        return (row.sequence_length, *(axis.of(row) for axis in axes))
+
+    order = {place: index for index, place in enumerate(dict.fromkeys(map(place, results)))}
+    speed = (lambda r: (not r.ok, _time(r) or 0.0)) if ranked else (lambda r: ())
+    rows = sorted(results, key=lambda r: (r.sequence_length, order[place(r)], speed(r)))
     columns = [
-        Column(header="tokens", cells=[fmt.tokens(r.sequence_length) for r in rows]),
-        *_setting_columns(rows),
+        *_setting_columns(rows, axes),
         *_figure_columns(rows, versus=["Identity", BASE], everything=results),
     ]
-    breaks = [i for i in range(1, len(rows)) if rows[i].sequence_length != rows[i - 1].sequence_length]
+    if _shows_tokens(rows) and not (ranked and len({row.sequence_length for row in rows}) == 1):
+        columns.insert(0, Column(header="tokens", cells=[fmt.tokens(r.sequence_length) for r in rows]))
+    breaks = [i for i in range(1, len(rows)) if place(rows[i]) != place(rows[i - 1])]
     return layout(columns, width, ascii_only=ascii_only, styles=_styles(rows, columns), breaks=breaks)
 
 
-def ranked_table(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
-    """The rows of one length, fastest first, those without a figure last, with ratios to Identity and Dense."""
-    rows = sorted(results, key=lambda r: (not r.ok, _time(r) or 0.0))
-    columns = _figure_columns(rows, versus=["Identity", BASE], everything=results)
-    return layout(columns, width, ascii_only=ascii_only, styles=_styles(rows, columns))
+def _shows_tokens(rows: Sequence[BenchmarkResult]) -> bool:
+    """Whether the length has a column: not where something else is what varies."""
+    return len({row.sequence_length for row in rows}) > 1 or not varying(rows)
 
 
-def _setting_columns(rows: Sequence[BenchmarkResult]) -> list[Column]:
-    """What is not the same in all rows, apart from block and length: rows of several runs in one table."""
-    values: dict[str, Callable[[BenchmarkResult], object]] = {
-        "batch": lambda r: r.batch_size,
-        "dtype": lambda r: r.dtype or fmt.NONE,
-        "mode": lambda r: r.mode,
-        "step": lambda r: fmt.NONE if r.training_step is None else f"{r.training_step:,}",
-        "width": lambda r: r.config.get("d_model", fmt.NONE) if isinstance(r.config, dict) else fmt.NONE,
-    }
-    columns = []
-    for header, value in values.items():
-        cells = [fmt.shorten(fmt.plain(value(row)), 12) for row in rows]
-        if len(set(cells)) > 1:
-            columns.append(Column(header=header, cells=cells, keep=9))
-    return columns
+def _setting_columns(rows: Sequence[BenchmarkResult], axes: Sequence[Axis]) -> list[Column]:
+    """What is not the same in all rows, apart from block and length; the device is the first that a screen spares."""
+
+    def cells(axis: Axis) -> list[str]:
+        values = (axis.of(row) for row in rows)
+        return [
+            fmt.NONE if value is None else fmt.shorten(fmt.plain(axis.figure.format(value)), 12) for value in values
+        ]
+
+    return [
+        Column(header=axis.header, cells=cells(axis), keep=1 if axis.name == "device" else None, right=False)
+        for axis in axes
+    ]
 
 
 def _figure_columns(
@@ -185,6 +221,7 @@ def _figure_columns(
         Column(header=f"time {unit.name}", cells=[unit.text(_time(r)) if r.ok else status_word(r) for r in rows]),
         Column(header="+-", cells=[fmt.percent(_spread(r)) for r in rows], keep=2),
         Column(header="tokens/s", cells=[fmt.number(_rate(r)) for r in rows], keep=3),
+        *_part_columns(rows, unit),
         Column(header=f"peak {size.name}", cells=[size.text(_peak(r)) for r in rows], keep=5),
     ]
     for name in present:
@@ -193,6 +230,17 @@ def _figure_columns(
     columns.append(Column(header="error", cells=[fmt.error(gate_error(r)) for r in rows], keep=4))
     columns.append(Column(header="status", cells=[_status(r) for r in rows], keep=0, right=False))
     return [column for column in columns if column.keep is None or set(column.cells) != {fmt.NONE}]
+
+
+def _part_columns(rows: Sequence[BenchmarkResult], unit: fmt.Unit) -> list[Column]:
+    """The parts of a training step, and the size of a state: there in the modes that have them."""
+    parts = [
+        Column(header=header, cells=[unit.text(getattr(r, name)) if r.ok else fmt.NONE for r in rows], keep=4)
+        for header, name in (("forward", "forward_part_s"), ("backward", "backward_part_s"))
+    ]
+    states = [r.state_bytes if r.ok and r.mode in ("decode", "prefill") else None for r in rows]
+    size = fmt.column_unit(states, fmt.BYTES)
+    return [*parts, Column(header=f"state {size.name}", cells=[size.text(value) for value in states], keep=6)]
 
 
 def _styles(rows: Sequence[BenchmarkResult], columns: Sequence[Column]) -> dict[tuple[int, str], str]:
@@ -259,8 +307,10 @@ def notes(results: Sequence[BenchmarkResult], *, ascii_only: bool = False) -> Te
 
     faults: dict[tuple[str, str, str], list[int]] = {}
     warnings: dict[str, dict[str, list[int]]] = {}
+    axes = varying(results)
     for result in sorted(results, key=lambda r: r.sequence_length):
         name = fmt.shorten(fmt.plain(result.block_name), 60)
+        name += f" ({fmt.plain(in_words(result, axes))})" if axes else ""
         if not result.ok:
             said = fmt.shorten(fmt.plain(reason(result)), 300)
             faults.setdefault((fmt.plain(result.status), name, said), []).append(result.sequence_length)
@@ -286,15 +336,19 @@ def _lengths(lengths: Iterable[int]) -> str:
 
 
 def ranking_lines(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
-    """One entry a length: blocks fastest first, each with its time over Dense's (or its time where there is none)."""
+    """One entry a length, under each setting: blocks fastest first, each with its time over Dense's (or its time where
+    there is none)."""
     from rich.cells import cell_len
     from rich.text import Text
 
     text = Text(no_wrap=True, overflow="ignore")
     groups = rankings(results)
     label_width = max((len(fmt.tokens(group.length)) for group in groups), default=0)
-    for group in groups:
-        if group.setting:
+    settings = list(dict.fromkeys(group.setting for group in groups))
+    said = ""
+    for group in sorted(groups, key=lambda group: settings.index(group.setting)):
+        if group.setting != said:
+            said = group.setting
             text.append(f"{fmt.shorten(fmt.plain(group.setting), width)}\n", style="dim")
         label = fmt.tokens(group.length)
         text.append(f"{label:>{label_width}}  ", style="bold")
@@ -317,6 +371,12 @@ def ranking_lines(results: Sequence[BenchmarkResult], width: int, *, ascii_only:
         text.append("\n")
     text.rstrip()
     return text
+
+
+def one_dtype(results: Sequence[BenchmarkResult]) -> str | None:
+    """The number format of all rows, None where they have several."""
+    found = {row.dtype for row in results}
+    return found.pop() if len(found) == 1 else None
 
 
 def environment_line(environment: Mapping[str, Any], dtype: str | None = None) -> Text:

@@ -185,7 +185,8 @@ class ModelRun:
     """A whole model's call, in the shape of the engine's run of a block."""
 
     def __init__(self, cell: Cell, model: nn.Module, inputs: list[Any]) -> None:
-        self.cell, self.model, self.x, self.state = cell, model, inputs, None
+        self.cell, self.model, self.x = cell, model, inputs
+        self.inputs, self.most_calls = [inputs], None
         if cell.mode == "train":
             model.train()
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from longctx.config import BenchmarkConfig, BlockRequest, Cell
+from longctx.engine.call import Run
 from longctx.engine.device import describe_device
 from longctx.engine.loading import LoadedBlock
 from longctx.engine.machine import available_memory_bytes, predict_memory_bytes
-from longctx.engine.measure import Plan, Run, fault_of
+from longctx.engine.measure import Plan, fault_of
 from longctx.engine.memory import measure_memory, resting
 from longctx.engine.rows import add_round, fault, new_row
 from longctx.engine.timing import time_call
@@ -192,7 +193,7 @@ def _measure(
     floor = resting(device) if config.profile_memory else None
     with run.context():
         before = run.prepare if run.cell.mode == "decode" else None
-        timing = time_call(run.call_prepared, device=device, plan=plan, before_sample=before)
+        timing = time_call(run.call_prepared, device=device, plan=plan, before_sample=before, most_calls=run.most_calls)
         found |= {
             "samples_round": timing.samples,
             "warnings": timing.warnings,
@@ -203,7 +204,7 @@ def _measure(
         if config.profile_memory:
             run.prepare()
             reading = measure_memory(
-                run.call_prepared, device=device, module=loaded.module, inputs=[run.x, run.state], floor=floor
+                run.call_prepared, device=device, module=loaded.module, inputs=run.inputs, floor=floor
             )
             sizes = {"peak": reading.peak_bytes, "allocated": reading.allocated_bytes}
             # What the training holds besides stays out of the figure, so the pool's size says nothing of the block.

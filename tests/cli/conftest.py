@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
-from longctx.config import BenchmarkConfig, Cell, parse_blocks
+from longctx.config import BenchmarkConfig, Cell, parse_blocks, variants
 from longctx.events import (
     CellFinished,
     CellPhase,
@@ -62,12 +62,21 @@ class FakeRunner:
         self.stop: BaseException = KeyboardInterrupt()
         self.raises: BaseException | None = None
         self.path: str | None = "reports/benchmark/run.json"
+        self.vary = None
 
-    def run_sweep(self, blocks, config, *, on_event=lambda event: None, command=None) -> list[BenchmarkResult]:
+    def run_sweep(
+        self, blocks, config, *, vary=None, on_event=lambda event: None, command=None
+    ) -> list[BenchmarkResult]:
         self.calls.append((blocks, config, command))
         if self.raises:
             raise self.raises
-        cells = tuple(config.cells(parse_blocks(blocks or ["Dense", "Identity", "BLADE"]), dtype="fp32"))
+        requests = parse_blocks(blocks or ["Dense", "Identity", "BLADE"])
+        self.vary = vary
+        cells = tuple(
+            cell
+            for each in variants(config, vary)
+            for cell in each.cells(requests, dtype="fp32" if each.dtype == "auto" else each.dtype)
+        )
         environment = {"cpu": "A processor", "torch": "2.13.0", "threads": 2}
         on_event(SweepStarted(cells=cells, rounds=1, environment=environment, path=self.path))
         on_event(RoundStarted(index=0, cells=cells))

@@ -34,7 +34,7 @@ class FakeSides:
         self.statuses: dict[int, str] = {}
         self.stop: BaseException | None = None
 
-    def run_against(self, blocks, other, config, *, on_event, command, guard, settle):
+    def run_against(self, blocks, other, config, *, vary, on_event, command, guard, settle):
         self.calls.append((blocks, other, config, command, guard, settle))
         cells = tuple(config.cells(parse_blocks(blocks or ["BLADE"]), dtype="fp32"))
         environment = {"cpu": "A processor", "torch": "2.13.0", "threads": 2}
@@ -63,7 +63,7 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> FakeSides:
     sides = FakeSides()
     module = types.ModuleType("longctx.engine.run_against")
     module.run_against = sides.run_against
-    module.against_command = lambda config, blocks, other, words: shlex.join(
+    module.against_command = lambda config, blocks, other, words, vary: shlex.join(
         ["longctx", "sweep", "--blocks", *blocks, "--against", other, *words]
     )
     monkeypatch.setitem(sys.modules, "longctx.engine.run_against", module)

@@ -115,3 +115,60 @@ def test_no_table_line_is_wider_than_the_screen(call, fake, command: str, width:
     too_wide = [x for x in result.stdout.splitlines() if len(x) > int(width) and not x.startswith(free)]
     assert too_wide == []
     assert "…" not in "".join(word for word in result.stdout.split() if word[0].isdigit())
+
+
+@pytest.mark.parametrize("command", ["sweep", "quick"])
+def test_several_modes_and_shapes_reach_the_engine_and_the_command(call, fake, command: str) -> None:
+    words = "--mode forward,train decode --batch-size 1 4 --dtype fp32 --d-model 64 --n-heads 4 8 --blocks BLADE"
+    assert call(command, *words.split()).exit_code == 0
+    _, config, line = fake.calls[0]
+    assert fake.vary == {"batch_size": [1, 4], "n_heads": [4, 8], "mode": ["forward", "train", "decode"]}
+    assert (config.mode, config.batch_size, config.n_heads, config.dtype, config.d_model) == (
+        "forward",
+        1,
+        4,
+        "fp32",
+        64,
+    )
+    seen = fake.vary
+    assert call(*shlex.split(line)[1:]).exit_code == 0
+    assert (fake.calls[1], fake.vary) == (fake.calls[0], seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mode", "trian"], "Did you mean 'train'?"),
+        (["--dtype", "bf61"], "Did you mean 'bf16'?"),
+        (["--batch-size", "1", "many"], "whole numbers, not 'many'"),
+        (["--d-model", "-64"], "--d-model"),
+        (["--d-model", "512", "--n-heads", "8", "7"], "not divisible by n_heads 7"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(call, fake, words: list[str], said: str) -> None:
+    result = call("sweep", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_each_mode_has_its_table_its_plot_and_its_conclusion(call, fake) -> None:
+    result = call("sweep", "--mode", "forward", "train", "--sequence-lengths", "1K", "2K", "--batch-size", "1", "4")
+    out = result.stdout
+    assert (
+        out.index("forward: no state kept") < out.index("train: forward, loss and backward") < out.index("Forward time")
+    )
+    assert "Train time" in out
+    assert "Forward: At 2,048 tokens, batch 1, BLADE" in out
+    assert "Train: At 2,048 tokens, batch 1, BLADE" in out
+    header = next(line for line in out.splitlines() if line.startswith("tokens"))
+    assert header.split()[:3] == ["tokens", "batch", "block"]
+    assert "BLADE 2K  train, batch 4" in result.stderr
+    one = call("sweep", "--sequence-lengths", "1K", "--batch-size", "1", "4").stdout
+    assert "1,024 tokens" in one and "tokens  batch" not in one
+
+
+def test_quick_says_what_a_sweep_would_say(call, fake) -> None:
+    result = call("quick", "--mode", "forward", "decode")
+    assert "Forward: At 2,048 tokens BLADE is the fastest mixing block, 2.00x faster than Dense." in result.stdout
+    assert "Decode: After 2,048 tokens BLADE" in result.stdout
+    assert "local slope" not in result.stdout

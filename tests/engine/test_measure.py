@@ -17,7 +17,7 @@ from longctx.results import STATUSES
 CPU = torch.device("cpu")
 
 MODULE = """
-import os, sys
+import os, sys, time
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -76,6 +76,41 @@ class Curious(Base):
         assert not self.training and not torch.is_grad_enabled() and torch.is_inference_mode_enabled()
         assert torch.get_num_threads() == 2
         return super().forward(x)
+
+class _Sleeps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.01)
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.02)
+        return grad
+
+class SlowBackward(Base):
+    def forward(self, x):
+        return _Sleeps.apply(x) if self.training else x.clone()
+
+class Streaming(nn.Module):
+    # The sum of all tokens so far; its state says where the stream stands.
+    causal = True
+    def forward(self, x, state=None, keep_state=True):
+        y = x.cumsum(1) / 9
+        return y, (y[:, -1:].clone(), x.shape[1]) if keep_state else None
+    def init_state(self, batch_size):
+        return torch.zeros(batch_size, 1, 1), 0
+    def step(self, x, state):
+        total, seen = state
+        assert seen <= 64 + 17 or seen > 100, seen
+        y = total + x / 9
+        return y, (y, seen + 1)
+
+class Forgetful(Streaming):
+    def forward(self, x, state=None, keep_state=True):
+        y, state = super().forward(x, state, True)
+        return (y, None) if not keep_state else (y * 2, state)
+    def step(self, x, state):
+        return x / 9, state
 
 class Learning(nn.Module):
     def __init__(self, d_model, device=None, dtype=None):
@@ -230,3 +265,41 @@ def test_a_whole_cell_on_a_gpu():
     assert found["host_time_median"] > 0
     assert found["peak_memory_mb"] > 0
     assert found["reserved_memory_mb"] > 0
+
+
+def test_a_training_step_knows_its_forward_part(place):
+    found = measure(f"{place}:SlowBackward", mode="train", length=8)
+    assert found["status"] == "ok", found["error"]
+    # Backward sleeps twice as long as forward.
+    assert found["forward_share"] == pytest.approx(1 / 3, abs=0.08)
+    assert measure("Identity")["forward_share"] is None
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [("decode", 90), ("prefill", 90)])
+def test_the_state_is_counted_from_its_tensors(mode, tokens):
+    found = measure("Dense", mode=mode)
+    assert found["status"] == "ok", found["error"]
+    assert found["state_bytes"] >= tokens * 2 * 32 * 4
+    assert found["state_bytes"] <= 2 * (tokens + 64) * 2 * 32 * 4
+    small = measure("DPASSM:window_size=8,state_dim=4", mode=mode)["state_bytes"]
+    assert 7 * 2 * 32 * 4 + 4 * 4 <= small < found["state_bytes"] / 2
+
+
+def test_forward_keeps_no_state(place):
+    assert measure(f"{place}:Streaming", mode="prefill")["state_bytes"] == 4 * 32
+    assert measure(f"{place}:Streaming", mode="forward")["state_bytes"] is None
+
+
+def test_a_stream_stays_near_its_length(place):
+    """However many steps are timed, none is much further on than the context that is asked for."""
+    found = measure(f"{place}:Streaming", mode="decode", length=64, plan=Plan(warmup_runs=1, runs=50, exact=True))
+    assert found["status"] == "ok", found["error"]
+    assert found["calls_per_sample"] <= 8
+
+
+@pytest.mark.parametrize(("mode", "word"), [("decode", "a step"), ("prefill", "keeps its state")])
+def test_a_stream_that_goes_on_wrongly_is_wrong(place, mode, word):
+    found = measure(f"{place}:Forgetful", mode=mode)
+    assert found["status"] == "wrong"
+    assert word in found["error"]["message"]
+    assert measure(f"{place}:Forgetful")["status"] == "ok"

@@ -161,3 +161,12 @@ def test_a_reading_that_does_not_exist_is_null():
     add_memory(row, dict.fromkeys(READING))
     assert row.memory_efficiency_mb_per_token is None
     assert row.peak_memory_mb is None
+
+
+def test_a_training_step_has_two_parts_which_are_the_whole():
+    row = row_of(found(1.0, 1.0, forward_share=0.25), found(3.0, 3.0, forward_share=0.35), cell=cell_of(mode="train"))
+    assert row.forward_shares == [0.25, 0.35]
+    assert row.forward_part_s == pytest.approx(0.3 * 2.0)
+    assert row.forward_part_s + row.backward_part_s == pytest.approx(row.forward_time_median)
+    other = row_of(found(1.0))
+    assert (other.forward_part_s, other.backward_part_s, other.forward_shares) == (None, None, [])

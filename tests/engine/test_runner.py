@@ -6,6 +6,7 @@ Sweeps run in this process (`isolation="none"`) unless processes are the point; 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import json
@@ -370,7 +371,7 @@ def test_events_begin_with_the_plan_and_end_with_the_results(plain):
     folder, rows, events, _ = plain
     first, last = events[0], events[-1]
     assert isinstance(first, SweepStarted)
-    assert (first.rounds, first.path, first.reused) == (3, str(saved(folder)), ())
+    assert (first.rounds, first.path, first.reused) == (3, str(saved(folder)), {})
     assert set(first.weights) == set(first.cells)
     assert isinstance(last, SweepFinished)
     assert (last.complete, last.reason) == (True, None)
@@ -741,7 +742,7 @@ def test_resume_measures_nothing_twice(tmp_path, mine):
     assert {"16", "24"} <= set(calls)
     again, events = sweep(blocks, tmp_path, sequence_lengths=[16, 24], rounds=2, profile_memory=True, resume=True)
     assert again == first
-    assert list(events[0].reused) == first
+    assert list(events[0].reused.values()) == first
     assert of_kind(events, CellStarted) == []
     assert events[-1].complete
     assert lines(tmp_path / "calls") == calls
@@ -829,7 +830,7 @@ def test_a_changed_source_file_is_measured_again_and_the_old_row_kept(tmp_path, 
     before = len(lines(tmp_path / "calls"))
     (tmp_path / "mine.py").write_text(BLOCKS.replace("/ 7", "/ 9"))
     (new,), events = sweep(blocks, tmp_path, resume=True)
-    assert events[0].reused == ()
+    assert events[0].reused == {}
     assert len(lines(tmp_path / "calls")) > before
     assert new.source_hash != old.source_hash
     assert longctx.load(saved(tmp_path)) == [old, new]
@@ -1121,3 +1122,59 @@ def test_a_sweep_that_is_killed_again_and_again_loses_and_repeats_nothing(comman
     assert {length: after[length] for length in done} == {length: calls[length] for length in done}
     # A file that was being written when the end came may lie beside it, under a name that no reader looks at.
     assert [path for path in (tmp_path / "out").glob("*.json") if not path.name.startswith(".")] == [saved(tmp_path)]
+
+
+# -- sweeps over more than length ------------------------------------------------------------------------------------
+
+
+def test_modes_and_batches_are_rows_of_one_sweep(tmp_path, mine):
+    vary = {"mode": ["forward", "train", "decode"], "batch_size": [1, 2]}
+    events = []
+    config = config_of(tmp_path, sequence_lengths=[24, 16])
+    rows = run_sweep(["Identity", mine("Plain")], config, vary=vary, on_event=events.append)
+    places = [(row.mode, row.batch_size, row.sequence_length, row.block_name) for row in rows]
+    assert places == [
+        (mode, batch, length, name)
+        for mode in vary["mode"]
+        for batch in (1, 2)
+        for length in (16, 24)
+        for name in ("Identity", "Plain")
+    ]
+    assert {row.status for row in rows if row.mode == "decode" and row.block_name == "Plain"} == {"unsupported"}
+    assert {row.status for row in rows if row.mode != "decode" or row.block_name != "Plain"} == {"ok"}
+    for row in rows:
+        assert (row.config["mode"], row.config["batch_size"]) == (row.mode, row.batch_size)
+        assert (row.forward_part_s is not None) == (row.mode == "train")
+        assert "--batch-size 1 2" in row.command and "--mode forward train decode" in row.command
+    assert len({row.key for row in rows}) == len(rows)
+    order = [(event.cell.length, event.cell.batch_size) for event in of_kind(events, CellStarted)]
+    assert order == sorted(order)
+    events.clear()
+    again = run_sweep(
+        ["Identity", mine("Plain")], dataclasses.replace(config, resume=True), vary=vary, on_event=events.append
+    )
+    assert again == rows
+    assert of_kind(events, CellStarted) == []
+    # Another mode joins those that are there.
+    more = run_sweep(["Identity"], dataclasses.replace(config, resume=True, mode="prefill"))
+    assert {row.mode for row in more} == {"prefill"}
+    assert len(longctx.load(saved(tmp_path))) == len(rows) + 2
+
+
+def test_shapes_and_formats_are_rows_of_one_sweep(tmp_path):
+    vary = {"dtype": ["auto", "fp32", "fp64"], "d_model": [16, 32]}
+    rows = run_sweep(["Identity"], config_of(tmp_path), vary=vary)
+    assert [(row.dtype, row.config["d_model"]) for row in rows] == [
+        ("fp32", 16),
+        ("fp32", 32),
+        ("fp64", 16),
+        ("fp64", 32),
+    ]
+    with pytest.raises(UsageError):
+        run_sweep(["Identity"], config_of(tmp_path), vary={"d_model": [32, 33]})
+
+
+def test_a_batch_that_does_not_fit_spares_the_larger_ones(tmp_path, mine):
+    rows = run_sweep([mine("TooLarge")], config_of(tmp_path, sequence_lengths=[16, 24]), vary={"batch_size": [1, 2]})
+    assert [row.status for row in rows] == ["oom", "skipped", "skipped", "skipped"]
+    assert "ran out of memory at 16 tokens" in rows[-1].error["message"]

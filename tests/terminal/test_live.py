@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from longctx.config import BenchmarkConfig, parse_blocks
+from longctx.config import BenchmarkConfig, parse_blocks, variants
 from longctx.events import (
     CellFinished,
     CellPhase,
@@ -42,10 +42,10 @@ def ok(cell, rounds: int = 1, **fields) -> BenchmarkResult:
     return BenchmarkResult(block_name=cell.block.name, sequence_length=cell.length, **(figures | fields))
 
 
-def started(cells, *, rounds: int = 1, reused=(), weights=None) -> SweepStarted:
+def started(cells, *, rounds: int = 1, reused=None, weights=None) -> SweepStarted:
     environment = {"cpu": "A processor", "torch": "2.13.0"}
     return SweepStarted(
-        cells=cells, rounds=rounds, environment=environment, path="run.json", reused=reused, weights=weights or {}
+        cells=cells, rounds=rounds, environment=environment, path="run.json", reused=reused or {}, weights=weights or {}
     )
 
 
@@ -155,7 +155,7 @@ def test_the_picture_fills_as_the_sweep_goes() -> None:
 def test_rows_taken_over_are_there_from_the_start() -> None:
     cells = make_cells(["Dense", "BLADE"], [1024])
     view = LiveView(console_of(100, 24, terminal=True))
-    view.update(started(cells, rounds=3, reused=(ok(cells[0], rounds=2),)))
+    view.update(started(cells, rounds=3, reused={cells[0]: ok(cells[0], rounds=2)}))
     assert view.rows == 1
     lines = picture(view)
     assert "0/4" in lines[0]
@@ -274,3 +274,34 @@ def test_a_row_that_was_saved_as_the_interruption_came_is_counted() -> None:
     view.update(started(cells))
     view.update(SweepFinished(results=(ok(cells[0]),), complete=False, reason="interrupted"))
     assert view.rows == 1
+
+
+def test_every_mode_has_a_table_where_they_fit_and_the_running_one_where_they_do_not() -> None:
+    config = BenchmarkConfig(sequence_lengths=[1024, 2048])
+    vary = {"mode": ["forward", "train"], "batch_size": [1, 4]}
+    cells = tuple(
+        cell for each in variants(config, vary) for cell in each.cells(parse_blocks(["Dense", "BLADE"]), dtype="fp32")
+    )
+    for height, tables in ((24, ["forward", "train"]), (10, ["train"])):
+        view = LiveView(console_of(80, height, terminal=True))
+        view.update(started(cells))
+        view.update(CellStarted(cell=cells[-1], round=0))
+        lines = picture(view)
+        assert len(lines) < height
+        assert [line.split()[0] for line in lines if line.endswith("error")] == tables
+        assert "train  batch 4" in lines[1]
+        assert "batch" in next(line for line in lines if line.endswith("error"))
+
+
+def test_a_row_that_is_taken_over_stands_in_its_own_setting() -> None:
+    config = BenchmarkConfig(sequence_lengths=[1024])
+    cells = [
+        cell
+        for each in variants(config, {"mode": ["forward", "train"]})
+        for cell in each.cells(parse_blocks(["Dense"]), dtype="fp32")
+    ]
+    view = PlainView(console_of())
+    view.update(started(tuple(cells), reused={cells[1]: ok(cells[1])}))
+    assert list(view.results) == [cells[1]]
+    view.update(CellFinished(cell=cells[0], round=0, result=ok(cells[0])))
+    assert "Dense 1K  forward  1.02 ms" in written(view.console)

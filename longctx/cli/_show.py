@@ -1,0 +1,58 @@
+"""What a finished sweep prints: its tables, plots and conclusions, and how to get them again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longctx.results import BenchmarkResult
+
+
+def show(console: Console, results: list[BenchmarkResult], environment: dict[str, Any]) -> None:
+    """Environment, tables, notes, scaling plots and ranking of a finished sweep."""
+    from rich.text import Text
+
+    from longctx.analysis.settings import by_mode
+    from longctx.terminal.console import ascii_only
+    from longctx.terminal.findings import short_form
+    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranking_lines
+
+    plain = ascii_only(console)
+    console.print(environment_line(environment, one_dtype(results)))
+    console.print()
+    console.print(mode_tables(results, console.width, ascii_only=plain))
+    if len(said := notes(results, ascii_only=plain)):
+        console.print()
+        console.print(said)
+    for rows in by_mode(results).values():
+        if len({result.sequence_length for result in rows if result.ok}) > 1:
+            from longctx.terminal.plots import plot_size, scaling_plot
+
+            width, height = plot_size(console.width)
+            color = console.is_terminal and not console.no_color
+            console.print()
+            console.print(scaling_plot(rows, metric="time", width=width, height=height, color=color, ascii_only=plain))
+    if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
+        console.print()
+        base = "time over Dense's, the median of same-round ratios"
+        console.print(Text(f"Fastest first, {base}:" if "x" in ranking.plain else "Fastest first:", style="bold"))
+        console.print(ranking)
+    if len(said := short_form(results, console.width, ascii_only=plain)):
+        console.print()
+        console.print(said)
+
+
+def tail(console: Console, view: Any, command: str) -> None:
+    """What ended a sweep early, where it is saved, and the command that makes it again."""
+    from rich.text import Text
+
+    from longctx.terminal import format as fmt
+
+    console.print()
+    if not view.complete and view.finished.reason:
+        console.print(Text(f"not complete: {fmt.plain(view.finished.reason)}", style="yellow"), soft_wrap=True)
+    if view.path:
+        console.print(Text(f"results:   {fmt.plain(view.path)}"), soft_wrap=True)
+    console.print(Text(f"reproduce: {fmt.plain(command)}"), soft_wrap=True)
