@@ -32,6 +32,7 @@ MAY_IMPORT = {
 }
 LIGHT_ENGINE = {
     "run_against",
+    "dry_run",
     "runner",
     "turns",
     "process",

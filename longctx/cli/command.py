@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from longctx.cli._presets import OPTION, with_presets
 from longctx.errors import LongctxError
 
 DEBUG = "LONGCTX_DEBUG"
@@ -66,7 +67,7 @@ def _looks_like_option(word: str) -> bool:
 
 
 class Command(TyperCommand):
-    """A command whose list options take several words, also for completion."""
+    """A command whose list options take several words, also for completion, and whose `--config` reads options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["longctx.words"] = list(args)
@@ -76,7 +77,10 @@ class Command(TyperCommand):
             if not ctx.resilient_parsing:
                 ctx.fail(message)
 
-        return super().parse_args(ctx, spread(args, self._list_options(), fail))
+        words = spread(args, self._list_options(), fail)
+        if not ctx.resilient_parsing and any(OPTION in parameter.opts for parameter in self.params):
+            words = with_presets(words, self.params)
+        return super().parse_args(ctx, words)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         words = ctx.meta.get("longctx.words", [])

@@ -145,6 +145,16 @@ ResultsDir = Annotated[
     str,
     typer.Option("--results-dir", metavar="DIR", help="Folder that results are saved under.", rich_help_panel=OUTPUT),
 ]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Options from a TOML file, by their names; what is on the command line wins.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
 OutputFile = Annotated[
     str | None,
     typer.Option(

@@ -134,6 +134,7 @@ def sweep(
         bool,
         typer.Option("--lightning-mode", help="Measure through Lightning's trainer.", rich_help_panel=options.RUNS),
     ] = False,
+    config: options.Config = None,
     output_file: options.OutputFile = None,
     results_dir: options.ResultsDir = "./reports/benchmark",
     resume: Annotated[
@@ -152,6 +153,14 @@ def sweep(
         bool,
         typer.Option("--force", help="Replace an output file that exists.", rich_help_panel=options.OUTPUT),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Measure nothing: list the cells, the least time and memory of each, and which cannot fit.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     strict: options.Strict = False,
@@ -164,6 +173,7 @@ def sweep(
     longctx sweep --blocks BLADE:chunk_size=256,1024 my_block.py:MyBlock
     longctx sweep --mode forward train decode --batch-size 1 4 16
     longctx sweep --output-file run.json --resume
+    longctx sweep --config bench.toml --rounds 5 --dry-run
     longctx sweep --blocks my_block.py:MyBlock --against ../main --fail-on-regression
 
     Every cell is measured in each of --rounds fresh processes, after a check against its reference. Exit codes: 0 ok,
@@ -173,7 +183,7 @@ def sweep(
     from longctx.cli._against import check, sweep_against
     from longctx.cli._measure import exit_code, measure, print_json
     from longctx.config import AGAINST_ROUNDS, DEFAULT_RUNS, BenchmarkConfig, command_line, parse_blocks
-    from longctx.errors import MissingError
+    from longctx.errors import MissingError, UsageError
 
     if lightning_mode:
         raise MissingError(
@@ -187,7 +197,9 @@ def sweep(
         batch_size=batch_size, d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dtype=dtype, mode=mode
     )
     lengths = options.words(sequence_lengths) if sequence_lengths is not None else defaults.sequence_lengths
-    config = BenchmarkConfig(
+    if dry_run and against is not None:
+        raise UsageError("--dry-run and --against do not go together", "leave --against out: both sides are its blocks")
+    made = BenchmarkConfig(
         sequence_lengths=lengths,
         **given,
         device=device,
@@ -218,9 +230,14 @@ def sweep(
     if against is not None:
         judging = {"guard": guard, "strict": strict, "fail_on_regression": fail_on_regression}
         judging["settle"] = rounds is None
-        raise typer.Exit(sweep_against(names, against, config, vary=vary, json=json, **judging))
-    command = command_line("sweep", config, names, defaults=defaults, vary=vary)
-    results, view = measure(names, config, vary=vary, command=command, quiet=quiet)
+        raise typer.Exit(sweep_against(names, against, made, vary=vary, json=json, **judging))
+    command = command_line("sweep", made, names, defaults=defaults, vary=vary)
+    if dry_run:
+        from longctx.cli import _dry_run
+
+        _dry_run.dry_run(names, made, vary, command=command, json=json)
+        return
+    results, view = measure(names, made, vary=vary, command=command, quiet=quiet)
     if json:
         print_json([result.to_json() for result in results])
     else:

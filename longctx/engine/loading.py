@@ -131,6 +131,14 @@ def describe_block(request: BlockRequest, *, d_model: int, n_heads: int, num_kv_
     }
 
 
+def cost_of(cell: Cell) -> Cost | None:
+    """What the cost model of a cell's block says, None for a block without one. Raises UsageError as `load_block`."""
+    if cell.block.is_user:
+        return load_block(cell.block, cell, torch.device("cpu"), torch.float32, 0).cost
+    spec = blocks.load(cell.block.target)
+    return spec.cost(cell, spec.check_options(dict(cell.block.options)))
+
+
 def load_block(request: BlockRequest, cell: Cell, device: torch.device, dtype: torch.dtype, seed: int) -> LoadedBlock:
     """Build the block of `request` for `cell`, weights drawn from `seed`. Raises UsageError.
 

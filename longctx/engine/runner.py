@@ -139,6 +139,21 @@ class Sweep:
     # -- before anything is measured ----------------------------------------------------------------------------
 
     def _run(self, stack: contextlib.ExitStack) -> list[BenchmarkResult]:
+        self._look(stack)
+        self.judge = Judge(self.environment, self._measure_peaks)
+        self._say_started()
+        try:
+            self._run_rounds()
+            self._measure_energy()
+        except _OutOfTime:
+            return self._finish(f"--max-time of {self.config.max_time:g} s is over")
+        except KeyboardInterrupt:
+            self._finish("interrupted")
+            raise
+        return self._finish(None)
+
+    def _look(self, stack: contextlib.ExitStack | None = None) -> None:
+        """Learn what the machine and the blocks are, and name the cells. stack: holds the device, if given."""
         in_process = self.config.isolation == "none"
         users = [request for request in self.requests if request.is_user]
         self.timing = self._start()
@@ -151,9 +166,10 @@ class Sweep:
             self.device, self.dtype = hello["device"], hello["dtype"]
             self.separate_memory = self.config.profile_memory and self.device == "cpu" and not in_process
             self.environment = describe_host() | hello["environment"] | {"threads": self.threads}
-            self.judge = Judge(self.environment, self._measure_peaks)
-            # Two processes may know one GPU by different numbers.
-            stack.enter_context(held(f"device {self.environment['uuid'] or self.device}", f"the device {self.device}"))
+            if stack is not None:
+                # Two processes may know one GPU by different numbers.
+                name = self.environment["uuid"] or self.device
+                stack.enter_context(held(f"device {name}", f"the device {self.device}"))
             for request in self.requests:
                 if request.is_user and not in_process:
                     scout = self._describe(request, scout)
@@ -169,16 +185,6 @@ class Sweep:
         )
         self.cells = list(dict.fromkeys(cells))
         self._take_over()
-        self._say_started()
-        try:
-            self._run_rounds()
-            self._measure_energy()
-        except _OutOfTime:
-            return self._finish(f"--max-time of {self.config.max_time:g} s is over")
-        except KeyboardInterrupt:
-            self._finish("interrupted")
-            raise
-        return self._finish(None)
 
     def close(self) -> None:
         for worker in (self.timing, self.memory):
@@ -462,10 +468,13 @@ class Sweep:
                 batch = f" and batch {other.batch_size}" if other.batch_size < cell.batch_size else ""
                 return f"it {ended} at {other.length:,} tokens{batch} already"
         needed = predict_memory_bytes(cell, self.identities[cell.block]["options"])
-        free = self.environment.get("gpu_memory_total_bytes") or available_memory_bytes()
+        free = self._free_bytes()
         if needed > free:
             return f"it needs at least {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are there"
         return None
+
+    def _free_bytes(self) -> int:
+        return self.environment.get("gpu_memory_total_bytes") or available_memory_bytes()
 
     def _check_time(self) -> None:
         if self.deadline is not None and time.monotonic() >= self.deadline:

@@ -89,6 +89,15 @@ class Session:
             check_origin(request.target, self.beside)
         return {"identity": identity}
 
+    def _cost(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """FLOPs, bytes and state of a cell by its block's cost model, None without one. Nothing is run."""
+        from longctx.engine.flags import global_state
+        from longctx.engine.loading import cost_of
+
+        with global_state():
+            cost = cost_of(Cell.from_json(job["cell"]))
+        return {"cost": cost and dataclasses.asdict(cost)}
+
     def _peaks(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """The rates that this device reaches now, for the number format of the job."""
         from longctx.engine.flags import global_state, pinned_flags
