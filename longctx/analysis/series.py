@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from longctx.analysis.settings import differing_options, options_of, varying, without
 from longctx.analysis.statistics import positive
+from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
 
 MIB = 1024.0**2
@@ -24,20 +25,21 @@ class Metric:
 
 @dataclass(kw_only=True)
 class Series:
-    """One curve: (length in tokens, value in the metric's SI unit), by length."""
+    """One curve: (place on the x axis, a length in tokens as a rule; value in the metric's SI unit), by place."""
 
     name: str
-    points: list[tuple[int, float]] = field(default_factory=list)
-    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """length -> 95% interval of the value, for the points that have one."""
+    points: list[tuple[float, float]] = field(default_factory=list)
+    intervals: dict[float, tuple[float, float]] = field(default_factory=dict)
+    """Place -> 95% interval of the value, for the points that have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A row that has no point on the curve `name`, and why: its status, or `no figure`."""
+    """A row that has no point on the curve `name`, and why: its status, or `no figure`. x: its place, None where it
+    has none on this axis."""
 
     name: str
-    length: int
+    x: float | None
     reason: str
 
 
@@ -120,38 +122,44 @@ def metric_for(name: str, results: Iterable[BenchmarkResult]) -> Metric:
     return metric
 
 
-def collect(runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric) -> tuple[list[Series], list[Missing]]:
-    """The curves of `runs` (label of a file -> its rows), and the rows that have no point.
+def collect(
+    runs: Mapping[str, Iterable[BenchmarkResult]], metric: Metric, x: XAxis = LENGTH
+) -> tuple[list[Series], list[Missing]]:
+    """The curves of `runs` (label of a file -> its rows) over `x`, and the rows that have no point.
 
     A row's curve is its block, with whatever else differs among all rows added to the name: dtype, batch,
-    mode, model shape, training step, file. Of two rows for the same point the later one counts.
+    mode, model shape, training step, length where that is not the axis, file. Of two rows for one point the later one
+    counts.
     """
     rows = [(label, result) for label, results in runs.items() for result in results]
-    names = _Names([result for _, result in rows])
-    points: dict[str, dict[int, float]] = {}
-    bars: dict[str, dict[int, tuple[float, float]]] = {}
-    missing: dict[tuple[str, int], Missing] = {}
+    names = _Names([result for _, result in rows], x)
+    points: dict[str, dict[float, float]] = {}
+    bars: dict[str, dict[float, tuple[float, float]]] = {}
+    missing: dict[tuple[str, float | None], Missing] = {}
     for label, result in rows:
         name = names.of(result, label if len(runs) > 1 else "")
-        length = result.sequence_length
+        place = x.value(result)
         value = metric.value(result) if result.ok else None
-        if value is None:
+        if place is None:
+            block = str(result.block_name)
+            missing[block, None] = Missing(name=block, x=None, reason=f"no {x.title}")
+        elif value is None:
             reason = "no figure" if result.ok else str(result.status)
-            points.get(name, {}).pop(length, None)
-            missing[name, length] = Missing(name=name, length=length, reason=reason)
+            points.get(name, {}).pop(place, None)
+            missing[name, place] = Missing(name=name, x=place, reason=reason)
         else:
-            points.setdefault(name, {})[length] = value
+            points.setdefault(name, {})[place] = value
             interval = _interval(result, metric)
-            bars.setdefault(name, {}).pop(length, None)
+            bars.setdefault(name, {}).pop(place, None)
             if interval:
-                bars[name][length] = interval
-            missing.pop((name, length), None)
+                bars[name][place] = interval
+            missing.pop((name, place), None)
     curves = [
         Series(name=name, points=sorted(values.items()), intervals={t: i for t, i in bars[name].items() if t in values})
         for name, values in points.items()
         if values
     ]
-    return curves, sorted(missing.values(), key=lambda m: (m.length, m.name))
+    return curves, sorted(missing.values(), key=lambda m: (m.x or 0.0, m.name))
 
 
 def names_of(results: Iterable[BenchmarkResult]) -> list[str]:
@@ -164,14 +172,18 @@ def names_of(results: Iterable[BenchmarkResult]) -> list[str]:
 class _Names:
     """What tells the curves of some rows apart, and so stands in their names."""
 
-    def __init__(self, results: Sequence[BenchmarkResult]) -> None:
+    def __init__(self, results: Sequence[BenchmarkResult], x: XAxis = LENGTH) -> None:
         # A row that failed early does not know all of its traits, and differs in nothing for that.
-        self.axes = without(varying(results, unknown=False), ("device",))
-        self.options = differing_options(results)
+        self.axes = without(varying(results, unknown=False), ("device", x.name))
+        self.x, self.lengths = x, {row.sequence_length for row in results}
+        options = differing_options(results)
+        self.options = {block: [name for name in names if name != x.name] for block, names in options.items()}
 
     def of(self, result: BenchmarkResult, label: str = "") -> str:
-        words = [str(result.block_name)]
+        words = [self.x.block_name(result)]
         known, options = options_of(result), self.options.get(str(result.block_name), ())
         words += [f"{name}={known[name]}" for name in options if name in known]
         words += [f"{axis.mark}{value}" for axis in self.axes if (value := axis.of(result)) is not None]
+        if self.x is not LENGTH and len(self.lengths) > 1:
+            words.append(f"T={result.sequence_length}")
         return " ".join(words) + (f" ({label})" if label else "")

@@ -15,6 +15,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     from rich.text import Text
 
     from longctx.analysis.settings import by_mode
+    from longctx.analysis.x_axis import natural_x
     from longctx.terminal.console import ascii_only
     from longctx.terminal.findings import short_form
     from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranking_lines
@@ -27,13 +28,15 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
         console.print()
         console.print(said)
     for rows in by_mode(results).values():
-        if len({result.sequence_length for result in rows if result.ok}) > 1:
+        x = natural_x(rows)
+        if len({x.value(result) for result in rows if result.ok}) > 1:
             from longctx.terminal.plots import plot_size, scaling_plot
 
             width, height = plot_size(console.width)
             color = console.is_terminal and not console.no_color
             console.print()
-            console.print(scaling_plot(rows, metric="time", width=width, height=height, color=color, ascii_only=plain))
+            look = {"width": width, "height": height, "color": color, "ascii_only": plain}
+            console.print(scaling_plot(rows, metric="time", x=x, **look))
     if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
         console.print()
         base = "time over Dense's, the median of same-round ratios"

@@ -42,6 +42,15 @@ def plot(
             show_default=False,
         ),
     ] = None,
+    x: Annotated[
+        str | None,
+        typer.Option(
+            "--x",
+            metavar="NAME",
+            help="What to draw over: length, batch_size, dtype, d_model, n_heads, or an option of a block.",
+            show_default="length, or what else varies at one length",
+        ),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +69,7 @@ def plot(
 
     \b
     longctx plot                                   all pictures of the newest sweep
-    longctx plot --metric time memory
+    longctx plot --metric time memory --x batch_size
     longctx plot monday.json tuesday.json --save overlay.svg
     """
     from longctx.analysis.runs import load_runs
@@ -70,9 +79,9 @@ def plot(
         check_target(save, force=force)
     rows = load_runs(runs or (), results_dir=results_dir)
     if save is not None:
-        save_pictures(rows, metrics, save)
+        save_pictures(rows, metrics, save, x=x)
     else:
-        show_pictures(rows, metrics)
+        show_pictures(rows, metrics, x=x)
 
 
 def check_metrics(names: Sequence[str]) -> list[str]:
@@ -93,21 +102,25 @@ def check_target(path: Path, *, force: bool) -> None:
         raise ResultsError(f"{path} exists already", "choose another name, or --force to write over it")
 
 
-def show_pictures(rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str]) -> None:
-    """The pictures on standard output, as wide as it is."""
+def show_pictures(
+    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], *, x: str | None = None
+) -> None:
+    """The pictures on standard output, as wide as it is. x: as `--x`."""
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.plots import plot_size
 
     console = result_console()
     width, height = plot_size(console.width)
-    drawn = _draw(rows, metrics, width, height, ascii_only=ascii_only(console))
+    drawn = _draw(rows, metrics, width, height, x=x, ascii_only=ascii_only(console))
     for index, picture in enumerate(drawn):
         if index:
             console.print()
         console.print(picture)
 
 
-def save_pictures(rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], path: Path) -> None:
+def save_pictures(
+    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], path: Path, *, x: str | None = None
+) -> None:
     """The pictures in one file, its kind told by its ending. Raises ResultsError when it cannot be written."""
     from rich.console import Console
 
@@ -119,7 +132,7 @@ def save_pictures(rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequen
     console = Console(
         record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="standard", markup=False
     )
-    for picture in _draw(rows, metrics, width, height):
+    for picture in _draw(rows, metrics, width, height, x=x):
         console.print(picture)
         console.print()
     kind = path.suffix.lower()
@@ -143,8 +156,19 @@ def _draw(
     width: int,
     height: int,
     *,
+    x: str | None,
     ascii_only: bool = False,
 ) -> list[PlotText]:
+    """Every metric of every mode: times of two modes have no picture in common."""
+    from longctx.analysis.settings import by_mode
+    from longctx.analysis.x_axis import natural_x, x_axis
     from longctx.terminal.plots import scaling_plot
 
-    return [scaling_plot(rows, metric=name, width=width, height=height, ascii_only=ascii_only) for name in metrics]
+    everything = [row for each in rows.values() for row in each]
+    drawn = []
+    for mode, found in by_mode(everything).items():
+        runs = {label: [row for row in each if str(row.mode) == mode] for label, each in rows.items()}
+        axis = natural_x(found) if x is None else x_axis(x, found)
+        for name in metrics:
+            drawn.append(scaling_plot(runs, metric=name, width=width, height=height, x=axis, ascii_only=ascii_only))
+    return drawn

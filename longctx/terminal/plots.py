@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from longctx.analysis.scaling import fit_slope
 from longctx.analysis.series import Missing, Series, collect, metric_for
+from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
 from longctx.terminal.format import BYTES, RATES, SECONDS, Unit, number, plain, shorten, tokens
 
@@ -84,11 +85,12 @@ def scaling_plot(
     metric: str,
     width: int,
     height: int,
+    x: XAxis = LENGTH,
     title: str | None = None,
     color: bool = True,
     ascii_only: bool = False,
 ) -> PlotText:
-    """Draw `metric` (time, throughput, memory, memory-per-token, scaling) over sequence length.
+    """Draw `metric` (time, throughput, memory, memory-per-token, scaling) over sequence length, or another `x`.
 
     results: the rows of a run, or of several under a label each, which are then laid over each other. Rows
     without a figure are named in the caption. One length alone is drawn as bars; under 40 columns a table
@@ -98,7 +100,8 @@ def scaling_plot(
 
     runs = results if isinstance(results, Mapping) else {"": results}
     chosen = metric_for(metric, [row for rows in runs.values() for row in rows])
-    curves, missing = collect(runs, chosen)
+    curves, missing = collect(runs, chosen, x)
+    over_length = x.name == LENGTH.name
     styled = [_styled(index, curve) for index, curve in enumerate(curves)]
     curves = sorted(styled, key=lambda curve: (-curve.points[-1][0], -curve.points[-1][1]))
     unit = _unit(chosen.kind, [value for curve in curves for _, value in curve.points])
@@ -106,20 +109,21 @@ def scaling_plot(
     lengths = sorted({length for curve in curves for length, _ in curve.points})
 
     name = _name(title) if title else chosen.title
-    heading = f"{name} ({unit.name}) over tokens"
-    caption = _caption(missing)
+    heading = f"{name} ({unit.name}) over {x.title}"
+    caption = _caption(missing, x)
     legend = Text()
     if not curves:
         body = Text("Nothing to draw: no row has this figure.")
     elif width < MIN_WIDTH:
-        body = _table(curves, lengths, scale)
+        body = _table(curves, lengths, scale, x)
     elif len(lengths) == 1:
-        heading = f"{name} ({unit.name}) at {tokens(lengths[0])} tokens"
+        heading = f"{name} ({unit.name}) at {_place(x, lengths[0])}"
         body = _bars(curves, scale, width)
     else:
-        drawn = _draw(curves, lengths, scale, width, max(height, 6), references=metric == "scaling", color=color)
+        slopes = metric == "scaling" and over_length
+        drawn = _draw(curves, lengths, scale, width, max(height, 6), x=x, references=slopes, color=color)
         body = Text.from_ansi(drawn, no_wrap=True)
-        legend = _legend(curves, scale, width, slopes=metric == "scaling", bars=BAR in body.plain, color=color)
+        legend = _legend(curves, scale, width, x=x, slopes=slopes, bars=BAR in body.plain, color=color)
     parts = {"title": Text(heading, style="bold"), "body": body, "legend": legend, "caption": caption}
     if ascii_only:
         parts = {name: _to_ascii(part) for name, part in parts.items()}
@@ -153,6 +157,7 @@ def _draw(
     width: int,
     height: int,
     *,
+    x: XAxis,
     references: bool,
     color: bool,
 ) -> str:
@@ -182,20 +187,20 @@ def _draw(
     for layer in ("line", "bars", "points"):
         for curve in curves:
             code = _COLOR_CODES[curve.color] if color else None
-            x = [math.log10(length) for length, _ in curve.points]
+            across = [math.log10(length) for length, _ in curve.points]
             y = [math.log10(value / scale) for _, value in curve.points]
             if layer == "points":
-                figure.draw(figure.signal(x, y, marker=plotext.marker(curve.marker, code)))
+                figure.draw(figure.signal(across, y, marker=plotext.marker(curve.marker, code)))
             elif layer == "bars":
                 for length, ends in _bars_wider_than(curve, row).items():
                     at = [math.log10(length)] * 2
                     ends = [min(max(math.log10(end / scale), y_range[0]), y_range[1]) for end in ends]
                     figure.draw(figure.signal(at, ends, marker=plotext.marker(BAR, code)).lines())
-            elif len(x) > 1:
-                figure.draw(figure.signal(x, y, marker=plotext.marker("braille", code)).lines())
+            elif len(across) > 1:
+                figure.draw(figure.signal(across, y, marker=plotext.marker("braille", code)).lines())
     ticks = value_ticks(*y_range, rows=height - 4)
     canvas = width - 2 - max(len(label) for _, label in ticks)
-    x_ticks = _length_ticks(lengths, x_range, canvas)
+    x_ticks = _x_ticks(lengths, x_range, canvas, x)
     for axis, limits, marks in (("x", x_range, x_ticks), ("y", y_range, ticks)):
         figure.ruler(axis).ticks([position for position, _ in marks], [label for _, label in marks])
         figure.ruler(axis).lim(*limits)
@@ -247,21 +252,35 @@ def _tick_label(value: float) -> str:
     return label.rstrip("0").rstrip(".") if "." in label and "e" not in label else label
 
 
-def _length_ticks(lengths: Sequence[int], limits: tuple[float, float], columns: int) -> list[tuple[float, str]]:
+def _label(x: XAxis, value: float) -> str:
+    """A value of the x axis as it stands below a picture."""
+    if x.name == LENGTH.name:
+        return tokens(int(value))
+    return x.categories.get(value, "?") if x.categories else f"{value:g}"
+
+
+def _place(x: XAxis, value: float) -> str:
+    """The same in a sentence: `64K tokens`, `batch 4`."""
+    return f"{_label(x, value)} tokens" if x.name == LENGTH.name else f"{x.title} {_label(x, value)}"
+
+
+def _x_ticks(lengths: Sequence[float], limits: tuple[float, float], columns: int, x: XAxis) -> list[tuple[float, str]]:
     """The measured lengths as ticks, leaving out those whose label would touch its neighbour's."""
     low, high = limits
     kept: list[tuple[float, str]] = []
     taken = -math.inf
     for length in reversed(lengths):
         position = math.log10(length)
-        column, label = (high - position) / (high - low) * columns, tokens(length)
+        column, label = (high - position) / (high - low) * columns, _label(x, length)
         if column - len(label) / 2 >= taken + 1:
             kept.append((position, label))
             taken = column + len(label) / 2
     return kept[::-1]
 
 
-def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool, bars: bool, color: bool) -> Text:
+def _legend(
+    curves: Sequence[_Curve], scale: float, width: int, *, x: XAxis, slopes: bool, bars: bool, color: bool
+) -> Text:
     """Marker, name and last value of every curve, as they end from top to bottom; entries are not broken."""
     from rich.text import Text
 
@@ -270,7 +289,7 @@ def _legend(curves: Sequence[_Curve], scale: float, width: int, *, slopes: bool,
     for curve in curves:
         length, value = curve.points[-1]
         words = f" {curve.name} {number(value / scale)}"
-        words += f" at {tokens(length)}" if length < longest else ""
+        words += f" at {_label(x, length)}" if length < longest else ""
         slope = fit_slope(curve.points) if slopes else None
         words += f", local slope {slope.slope:.2f}" if slope else ""
         entries.append(Text().append(curve.marker, style=curve.color if color else "").append(words))
@@ -295,7 +314,7 @@ def _bars(curves: Sequence[_Curve], scale: float, width: int) -> Text:
 
     values = [curve.points[-1][1] / scale for curve in curves]
     labels = [number(value) for value in values]
-    names = [curve.name[: max(8, width // 3)] for curve in curves]
+    names = [shorten(curve.name, max(8, width // 3)) for curve in curves]
     left, right = max(map(len, names)), max(map(len, labels))
     room = max(4, width - left - right - 3)
     lines = [
@@ -305,7 +324,7 @@ def _bars(curves: Sequence[_Curve], scale: float, width: int) -> Text:
     return Text("\n".join(lines), no_wrap=True)
 
 
-def _table(curves: Sequence[_Curve], lengths: Sequence[int], scale: float) -> Text:
+def _table(curves: Sequence[_Curve], lengths: Sequence[float], scale: float, x: XAxis) -> Text:
     """The figures in place of a picture, for a screen too narrow to draw on."""
     from rich.text import Text
 
@@ -313,21 +332,21 @@ def _table(curves: Sequence[_Curve], lengths: Sequence[int], scale: float) -> Te
     for curve in curves:
         values = dict(curve.points)
         lines.append(curve.name)
-        lines += [f"  {tokens(t):>6}  {number(values[t] / scale)}" for t in lengths if t in values]
+        lines += [f"  {_label(x, t):>6}  {number(values[t] / scale)}" for t in lengths if t in values]
     return Text("\n".join(lines))
 
 
-def _caption(missing: Sequence[Missing]) -> Text:
+def _caption(missing: Sequence[Missing], x: XAxis) -> Text:
     """Rows without a point, shortest length first: `OOM at 128K: Dense`."""
     from rich.text import Text
 
-    groups: dict[tuple[str, int], list[str]] = {}
+    groups: dict[tuple[str, float | None], list[str]] = {}
     for row in missing:
-        groups.setdefault((row.reason, row.length), []).append(_name(row.name))
-    lines = [
-        f"{_STATUS_WORDS.get(reason, _name(reason))} at {tokens(length)}: {', '.join(names)}"
-        for (reason, length), names in groups.items()
-    ]
+        groups.setdefault((row.reason, row.x), []).append(_name(row.name))
+    lines = []
+    for (reason, value), names in groups.items():
+        place = "" if value is None else f" at {_label(x, value) if x.name == LENGTH.name else _place(x, value)}"
+        lines.append(f"{_STATUS_WORDS.get(reason, _name(reason))}{place}: {', '.join(names)}")
     return Text("\n".join(lines))
 
 

@@ -28,9 +28,9 @@ def run():
 def test_curves_and_what_is_missing():
     curves, missing = collect({"": run()}, METRICS["time"])
     assert {c.name: len(c.points) for c in curves} == {"Dense": 3, "BLADE": 4, "Identity": 3}
-    assert [(m.name, m.length, m.reason) for m in missing] == [("Dense", 8192, "oom")]
+    assert [(m.name, m.x, m.reason) for m in missing] == [("Dense", 8192, "oom")]
     _, missing = collect({"": run()}, METRICS["memory"])
-    assert ("Identity", 1024, "no figure") in [(m.name, m.length, m.reason) for m in missing]
+    assert ("Identity", 1024, "no figure") in [(m.name, m.x, m.reason) for m in missing]
 
 
 def test_a_later_record_of_the_same_cell_counts():

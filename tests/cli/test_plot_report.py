@@ -285,3 +285,64 @@ def test_no_torch_is_loaded(saved):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
+
+
+@pytest.fixture
+def modes(tmp_path):
+    """Two modes, two batches and two number formats at one length."""
+    found = []
+    for mode, factor in (("forward", 1), ("train", 3)):
+        for batch in (1, 4):
+            for dtype in ("fp32", "bf16"):
+                for block, seconds in (("Dense", 2e-3), ("BLADE", 1e-3)):
+                    time_s = factor * batch * seconds
+                    found.append(
+                        BenchmarkResult(
+                            block_name=block,
+                            sequence_length=1024,
+                            batch_size=batch,
+                            mode=mode,
+                            dtype=dtype,
+                            forward_time_median=time_s,
+                            samples=[[time_s] * 3],
+                            forward_part_s=time_s / 3 if mode == "train" else None,
+                            backward_part_s=2 * time_s / 3 if mode == "train" else None,
+                        )
+                    )
+    return write(tmp_path / "modes.json", found)
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50, 30])
+@pytest.mark.parametrize("x", ["batch_size", "dtype", "length"])
+def test_pictures_over_anything(longctx, modes, x, columns):
+    code, out, _ = longctx("plot", modes, "--metric", "time", "--x", x, columns=columns)
+    assert code == 0
+    assert "Forward time" in out and "Train time" in out
+    assert max(map(len, out.splitlines())) <= columns
+    words = {"batch_size": "over batch", "dtype": "over dtype", "length": "tokens"}
+    assert words[x] in out
+    if x == "dtype" and columns >= 80:
+        assert re.search(r"bf16 +fp32", out)
+
+
+def test_an_axis_that_is_not_there_is_refused(longctx, modes):
+    code, _, err = longctx("plot", modes, "--x", "batchsize")
+    assert code == 2 and "Did you mean 'batch_size'?" in err and "differ in" in err
+
+
+def test_report_keeps_modes_apart(longctx, modes):
+    code, out, _ = longctx("report", modes)
+    assert code == 0
+    heads = [out.index(words) for words in ("forward: no state kept", "train: forward, loss and backward")]
+    assert heads == sorted(heads)
+    assert "backward" in next(line for line in out[heads[1] :].splitlines() if "block" in line)
+    assert "train, fp32, batch 4" in out and "Train: At 1,024 tokens, fp32, batch 1, BLADE" in out
+    code, out, _ = longctx("report", modes, "--markdown")
+    assert out.count("| block | dtype | batch | tokens |") == 2
+    assert "| forward (ms) | backward (ms) |" in out and "**train: forward, loss and backward**" in out
+    code, out, _ = longctx("report", modes, "--json")
+    (run,) = json.loads(out)["runs"]
+    assert {each["mode"] for each in run["best"]} == {"forward", "train"}
+    code, out, _ = longctx("report", modes, "--csv")
+    row = list(csv.DictReader(io.StringIO(out)))[-1]
+    assert (row["mode"], float(row["forward_part_s"])) == ("train", 0.004)
