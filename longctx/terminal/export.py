@@ -27,6 +27,7 @@ from longctx.terminal.findings import (
     floor,
     interval,
     kind,
+    memory_name,
     span,
     time_word,
 )
@@ -190,7 +191,7 @@ def _findings(found: Conclusions, crossovers: Sequence[Crossover]) -> list[str]:
     """Growth, crossovers and best blocks as parts of a Markdown document."""
     parts = []
     if found.growths:
-        head = ["block", "time k", "95%", "time is", "floor", "memory k", "fit", "lengths"]
+        head = ["block", "time k", "95%", "time is", "floor", f"{memory_name(found.growths)} k", "fit", "lengths"]
         rows = []
         for g in found.growths:
             law = g.time or g.memory

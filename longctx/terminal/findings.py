@@ -28,8 +28,7 @@ def growth_table(found: Sequence[Growth], width: int, *, ascii_only: bool = Fals
 
     if not found:
         return Text()
-    decoding = any(row.mode == "decode" for growth in found for row in growth.curve.rows.values())
-    memory = "state" if decoding else "memory"
+    memory = memory_name(found)
     columns = [
         Column(header="block", cells=[fmt.plain(g.curve.name) for g in found], right=False, flexible=True),
         Column(header="time k", cells=[exponent(g.time) for g in found]),
@@ -81,6 +80,12 @@ def time_word(growth: Growth) -> str:
     return growth.time.word if growth.time else growth.said or fmt.NONE
 
 
+def memory_name(found: Sequence[Growth]) -> str:
+    """What the memory of these curves is: in mode decode that of the state."""
+    decoding = any(row.mode == "decode" for growth in found for row in growth.curve.rows.values())
+    return "state" if decoding else "memory"
+
+
 def advice_lines(found: Sequence[Growth]) -> list[str]:
     """One line for each set of lengths that would make laws: `add 16K to make it a law: BLADE, Dense`."""
     groups: dict[tuple[int, ...], list[str]] = {}
@@ -90,7 +95,9 @@ def advice_lines(found: Sequence[Growth]) -> list[str]:
     lines = []
     for missing, names in groups.items():
         it = "it a law" if len(names) == 1 else "them laws"
-        lines.append(f"add {', '.join(map(fmt.tokens, missing))} to make {it}: {', '.join(names)}")
+        # Where it holds of every row of the table above, names would say nothing.
+        who = "" if len(names) == len(found) > 1 else f": {', '.join(names)}"
+        lines.append(f"add {', '.join(map(fmt.tokens, missing))} to make {it}{who}")
     return lines
 
 

@@ -215,14 +215,16 @@ def _figure_columns(
 ) -> list[Column]:
     unit = fmt.column_unit(map(_time, rows))
     size = fmt.column_unit(map(_peak, rows), (fmt.MEBIBYTES,))
+    # The peak of a step tells little; what a context costs there is the state.
+    decoding = all(row.mode == "decode" for row in rows)
     present = [name for name in versus if any(r.block_name == name and r.ok for r in everything)]
     columns = [
         Column(header="block", cells=[fmt.plain(r.block_name) for r in rows], right=False, flexible=True),
         Column(header=f"time {unit.name}", cells=[unit.text(_time(r)) if r.ok else status_word(r) for r in rows]),
         Column(header="+-", cells=[fmt.percent(_spread(r)) for r in rows], keep=2),
-        Column(header="tokens/s", cells=[fmt.number(_rate(r)) for r in rows], keep=3),
+        Column(header="tokens/s", cells=[fmt.number(_rate(r)) for r in rows], keep=6 if decoding else 3),
         *_part_columns(rows, unit),
-        Column(header=f"peak {size.name}", cells=[size.text(_peak(r)) for r in rows], keep=5),
+        Column(header=f"peak {size.name}", cells=[size.text(_peak(r)) for r in rows], keep=1 if decoding else 5),
     ]
     for name in present:
         cells = [fmt.ratio(_ratio(r, everything, name)) for r in rows]
