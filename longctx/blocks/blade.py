@@ -7,7 +7,8 @@ For each chunk of C tokens in order, with s the state (zeros at the start) and g
     y = x_chunk + out_proj(a);  y = y + ffn(ffn_norm(y))
     s = state_proj(mean over tokens of y)
 
-The recurrence runs over chunks and cannot be parallelised; what is not on it is taken off it (ops/blade_chain.py).
+The recurrence runs over chunks and cannot be parallelised; what is not on it is taken off it (ops/blade_chain.py, and
+ops/blade_training.py with gradients).
 
 Letters: B batch, T sequence length, n tokens of a chunk, D d_model, H n_heads, G num_kv_heads, K head width,
 C chunk_size, N state_dim, m num_global_tokens.
@@ -38,6 +39,7 @@ from longctx.ops.blade_chain import (
     sum_dtype,
 )
 from longctx.ops.blade_graph import ChainGraphs, kernels_fit
+from longctx.ops.blade_training import whole_chunks
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
@@ -148,6 +150,8 @@ class BLADEBlock(PreNormBlock):
     def path(self) -> str:
         weight = self.qkv_proj.weight
         attention = chunk_attention_path(weight.device, weight.dtype, self.head_dim)
+        if self.training:
+            return "chunk by chunk, as autograd follows" if self.dropout else f"one operator, {attention}"
         if not weight.is_cuda:
             return f"{attention}, chunk by chunk"
         kernels = "fused Triton chain" if kernels_fit(self._chain_weights()) else attention
@@ -157,6 +161,28 @@ class BLADEBlock(PreNormBlock):
     # -- with autograd, autocast or dropout ---------------------------------------------------------------------------
 
     def _differentiable(self, x: Tensor, state: BLADEState, keep_state: bool) -> tuple[Tensor, BLADEState | None]:
+        """With gradients: whole chunks in one operator where it can do them, parts of chunks as autograd follows."""
+        filled = state.kv.shape[1]
+        head = min(self.chunk_size - filled, x.shape[1]) if filled else 0
+        whole = (x.shape[1] - head) // self.chunk_size * self.chunk_size
+        plain = not (self.training and self.dropout > 0.0) and not torch.is_autocast_enabled(x.device.type)
+        if not whole or not plain or any(parameter.dtype != x.dtype for parameter in self.parameters()):
+            return self._by_parts(x, state, keep_state)
+        first, middle, last = x.split([head, whole, x.shape[1] - head - whole], dim=1)
+        pieces = []
+        if head:
+            y, state = self._by_parts(first, state, True)
+            pieces.append(y)
+        attn_norm = (self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
+        y, s = whole_chunks(middle, state.s, attn_norm, self._chain_weights(), self.chunk_size)
+        pieces.append(y)
+        state = self._fresh(s)
+        if last.shape[1]:
+            y, state = self._by_parts(last, state, keep_state)
+            pieces.append(y)
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else y, state if keep_state else None
+
+    def _by_parts(self, x: Tensor, state: BLADEState, keep_state: bool) -> tuple[Tensor, BLADEState | None]:
         """The chain as autograd can follow it. With dropout y is random, and the whole of it stays on the chain."""
         drops = self.training and self.dropout > 0.0
         sizes = self._sizes(x.shape[1], state.kv.shape[1])

@@ -14,6 +14,7 @@ Letters: B batch, n tokens of a chunk, S keys, D d_model, H n_heads, G num_kv_he
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,21 @@ class ChainWeights:
         rest = (self.qkv,) if self.global_tokens is None else (self.qkv, self.global_tokens)
         return [*(tensor for pair in pairs for tensor in pair), *rest]
 
+    def to(self, dtype: torch.dtype) -> ChainWeights:
+        """The same in another dtype."""
+
+        def both(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return pair[0].to(dtype), pair[1].to(dtype)
+
+        names = ("inject", "out", "up", "down", "state")
+        return dataclasses.replace(
+            self,
+            **{name: both(getattr(self, name)) for name in names},
+            qkv=self.qkv.to(dtype),
+            norm=(*both(self.norm[:2]), self.norm[2]),
+            global_tokens=None if self.global_tokens is None else self.global_tokens.to(dtype),
+        )
+
     def injection(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """s `[B, N]` -> what it adds to queries `[B, D]`, to keys and values `[B, 2GK]`, to attended `[B, D]`."""
         inject_w, inject_b = self.inject
@@ -68,6 +84,12 @@ class ChainWeights:
         if self.global_tokens is None:
             return None
         return F.linear(self.global_tokens, self.qkv[self.qkv.shape[1] :])
+
+    def seen(self, global_kv: Tensor | None, kv: Tensor, dkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that a chunk sees, `[B, m + S, G, K]` each: its own kv `[B, S, 2GK]` behind the globals."""
+        if global_kv is not None:
+            kv = torch.cat([(global_kv - dkv[:, None]).to(kv.dtype), kv], dim=1)
+        return kv.unflatten(-1, (2, self.num_kv_heads, -1)).unbind(2)
 
     def next_state(self, mean: Tensor) -> Tensor:
         """Mean of y over the chunk's tokens `[B, D]` -> s `[B, N]`."""
@@ -119,25 +141,43 @@ def chain_chunk(
     Overwrites q. Fills residual `[B, n, D]` (y without the feed-forward) and hidden `[B * n, 4D]` (after GELU), both
     contiguous. Not for autograd.
     """
-    batch, tokens, width = x.shape
     dq, dkv, dv = weights.injection(s)
     q.add_(dq[:, None])
-    if global_kv is not None:
-        kv = torch.cat([global_kv - dkv[:, None], kv], dim=1)
-    keys, values = kv.unflatten(-1, (2, weights.num_kv_heads, -1)).unbind(2)
+    keys, values = weights.seen(global_kv, kv, dkv)
     attended = chunk_attention(q.unflatten(-1, (weights.n_heads, -1)), keys, values)
+    return after_attention(weights, x, attended, dv, residual=residual, hidden=hidden, want_mean=want_mean)
+
+
+def after_attention(
+    weights: ChainWeights,
+    x: Tensor,
+    attended: Tensor,
+    dv: Tensor,
+    *,
+    residual: Tensor,
+    hidden: Tensor,
+    wide: Tensor | None = None,
+    want_mean: bool = True,
+) -> Tensor | None:
+    """The rest of `chain_chunk`: attended `[B, n, H, K]` and what is to be added to all of it, dv `[B, D]`.
+
+    wide: the hidden rows before GELU, `[B * n, 4D]`, where they are to be kept.
+    """
+    batch, tokens, width = x.shape
     out_w, out_b = weights.out
     torch.add(x, F.linear(dv, out_w, out_b)[:, None], out=residual)
     residual.view(-1, width).addmm_(attended.reshape(-1, width), out_w.t())
     norm_w, norm_b, eps = weights.norm
     normed = F.layer_norm(residual, (width,), norm_w, norm_b, eps).view(-1, width)
     up_w, up_b = weights.up
-    torch.addmm(up_b, normed, up_w.t(), out=hidden)
-    torch.ops.aten.gelu.out(hidden, out=hidden)
+    wide = hidden if wide is None else wide
+    torch.addmm(up_b, normed, up_w.t(), out=wide)
+    torch.ops.aten.gelu.out(wide, out=hidden)
     if not want_mean:
         return None
-    mean = hidden.view(batch, tokens, -1).mean(1, dtype=s.dtype)
-    return residual.mean(1, dtype=s.dtype) + F.linear(mean.to(x.dtype), *weights.down)
+    dtype = sum_dtype(x.dtype)
+    mean = hidden.view(batch, tokens, -1).mean(1, dtype=dtype)
+    return residual.mean(1, dtype=dtype) + F.linear(mean.to(x.dtype), *weights.down)
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:

@@ -268,6 +268,12 @@ def test_dropout_in_training_only(grad):
         assert relative(block(x)[0], reference(block, x)[0]) < 1e-12
 
 
+def test_the_path_says_what_trains():
+    assert "one operator" in make().train().path
+    assert "as autograd follows" in make(dropout=0.1).train().path
+    assert "chunk by chunk" in make().eval().path
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -1,0 +1,119 @@
+"""Whole chunks of BLADE with gradients: against finite differences, in any slabs, as an operator torch knows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from longctx import blocks
+from longctx.blocks.blade import reference
+from longctx.ops import blade_training
+from longctx.ops.blade_training import whole_chunks
+
+
+def make(*, device=None, dtype=torch.float64, d_model=12, n_heads=4, chunk_size=4, state_dim=5, **options):
+    shape = {"d_model": d_model, "n_heads": n_heads, "chunk_size": chunk_size, "state_dim": state_dim}
+    block = blocks.build("BLADE", **shape, device=device, dtype=dtype, **options)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.add_((0.4 if "state" in name else 0.1) * torch.randn_like(parameter))
+    return block
+
+
+def norm_of(block):
+    return block.attn_norm.weight, block.attn_norm.bias, block.attn_norm.eps
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "num_global_tokens": 3}], ids=["plain", "globals"])
+def test_gradients_against_finite_differences(options, monkeypatch):
+    monkeypatch.setattr(blade_training, "CPU_SLAB_TOKENS", 8)
+    monkeypatch.setattr(blade_training, "ATTENTION_ROWS", 3)
+    block = make(**options)
+    names, values = zip(*block.named_parameters(), strict=True)
+    x, s = torch.randn(2, 12, 12).double().requires_grad_(), torch.randn(2, 5).double().requires_grad_()
+
+    def run(x, s, *values):
+        with torch.nn.utils.stateless._reparametrize_module(block, dict(zip(names, values, strict=True))):
+            return whole_chunks(x, s, norm_of(block), block._chain_weights(), block.chunk_size)
+
+    assert torch.autograd.gradcheck(run, (x, s, *values), fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("slab", [1, 16, 1000])
+def test_slabs_make_no_difference(slab, monkeypatch):
+    block, x = make(num_global_tokens=2), torch.randn(2, 40, 12).double().requires_grad_()
+    weights = torch.randn(2, 40, 12).double()
+
+    def gradients():
+        y, _ = block(x)
+        return [y, *torch.autograd.grad((y * weights).sum(), [x, *block.parameters()])]
+
+    want = gradients()
+    monkeypatch.setattr(blade_training, "CPU_SLAB_TOKENS", slab)
+    monkeypatch.setattr(blade_training, "ATTENTION_ROWS", 3)
+    for got, expected in zip(gradients(), want, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_only_the_state_is_asked_for():
+    block, x = make(), torch.randn(1, 8, 12).double().requires_grad_()
+    _, state = block(x)
+    (got,) = torch.autograd.grad(state.s.sum(), x)
+    (want,) = torch.autograd.grad(reference(block, x)[1].sum(), x)
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+    y, _ = block(x.detach(), block.init_state(1))
+    y.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
+
+
+def test_there_is_no_second_derivative():
+    block, x = make(), torch.randn(1, 8, 12).double().requires_grad_()
+    (grad,) = torch.autograd.grad(block(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_global_tokens": 3}], ids=["plain", "globals"])
+def test_opcheck(options):
+    block = make(dtype=torch.float32, **options)
+    x, s = torch.randn(2, 8, 12, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    weights = block._chain_weights()
+    parameters = [*norm_of(block)[:2], *weights.inject, weights.qkv, *weights.out, *weights.norm[:2], *weights.up]
+    parameters += [*weights.down, *weights.state, *([] if weights.global_tokens is None else [weights.global_tokens])]
+    arguments = (x, s, parameters, 4, 4, 4, 1e-5, 1e-5)
+    torch.library.opcheck(torch.ops.longctx.blade_chunks, arguments)
+    with torch.no_grad():
+        _, _, *kept = torch.ops.longctx.blade_chunks(*arguments)
+        parameters = [p.detach() for p in parameters]
+        arguments = (x.detach(), s.detach(), x.detach(), parameters, kept, 4, 4, 4, 1e-5, 1e-5)
+        torch.library.opcheck(torch.ops.longctx.blade_chunks_backward, arguments)
+
+
+def gradients(block, x, run):
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    x = x.detach().requires_grad_()
+    grads = torch.autograd.grad((run(block, x)[0] * weights).sum(), [x, *block.parameters()])
+    return dict(zip(["x", *(name for name, _ in block.named_parameters())], grads, strict=True))
+
+
+def worst(found, wanted):
+    """The largest relative error of a gradient, those left out that are nothing beside the others."""
+    scale = max(grad.norm() for grad in wanted.values())
+    errors = {
+        name: ((found[name].double() - grad).norm() / grad.norm()).item()
+        for name, grad in wanted.items()
+        if grad.norm() > 1e-4 * scale
+    }
+    return max(errors.values()), errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    block = make(dtype=dtype, d_model=64, n_heads=4, chunk_size=32, state_dim=16)
+    x = torch.randn(2, 96, 64).to(dtype)
+    error, errors = worst(
+        gradients(block, x, lambda block, x: block(x)), gradients(copy.deepcopy(block).double(), x.double(), reference)
+    )
+    assert error < {torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype], errors
