@@ -14,16 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx.blocks._recompute import recomputed
 from longctx.errors import UsageError
+from longctx.ops.feed_forward import infer, residual_feed_forward
+from longctx.ops.layer_norm import kernels_fit, layer_norm
 
 # Tokens that inference takes through the block at a time. On a CPU the hidden tensor of a slab then stays in the
 # cache and its pages are not faulted in again at every call; on a GPU slabs only bound the memory of long sequences.
 CPU_SLAB_TOKENS = 1024
 GPU_SLAB_TOKENS = 1 << 18
 
+RECOMPUTE = ("none", "block")
+"""What training computes again in backward beyond norms and GELU: nothing, or the whole block from its input."""
+
 
 class PreNormBlock(nn.Module):
     """Base of all blocks: norms, projections, feed-forward, dropout, streaming in slabs. A subclass gives `mix`.
+
+    recompute: "none" keeps what matrix products give until backward; "block" only the input, see `_recompute.py`.
 
     Parameters (names are part of the contract): attn_norm, ffn_norm, qkv_proj.weight `[D + 2GK, D]` (rows q, k, v),
     out_proj `[D, D]`, ffn_up `[4D, D]`, ffn_down `[D, 4D]`.
@@ -31,6 +39,8 @@ class PreNormBlock(nn.Module):
 
     streams = True
     """Whether inference may take the sequence through `mix` slab by slab, the state carrying it on."""
+    restarts = True
+    """Whether the state stays so small that recompute="block" can keep one between any two slabs."""
 
     def __init__(
         self,
@@ -40,6 +50,7 @@ class PreNormBlock(nn.Module):
         num_kv_heads: int | None = None,
         dropout: float = 0.0,
         causal: bool = True,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,10 +65,12 @@ class PreNormBlock(nn.Module):
             raise UsageError(f"dropout must lie in [0, 1), not {dropout!r}")
         if not isinstance(causal, bool):
             raise UsageError(f"causal must be true or false, not {causal!r}")
+        if recompute not in RECOMPUTE:
+            raise UsageError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {recompute!r}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.n_heads, self.num_kv_heads = d_model, n_heads, num_kv_heads
         self.head_dim = d_model // n_heads
-        self.dropout, self.causal = float(dropout), causal
+        self.dropout, self.causal, self.recompute = float(dropout), causal, recompute
         self.attn_norm = nn.LayerNorm(d_model, **factory)
         self.qkv_proj = nn.Linear(d_model, d_model + 2 * num_kv_heads * self.head_dim, bias=False, **factory)
         self.out_proj = nn.Linear(d_model, d_model, **factory)
@@ -79,11 +92,22 @@ class PreNormBlock(nn.Module):
         raise NotImplementedError
 
     @property
-    def path(self) -> str:
-        """Which implementation runs on this block's device and dtype, in words, for the results."""
-        return "torch"
+    def mixer_path(self) -> str:
+        """Which implementation of the mixer runs on this block's device and dtype, in words; none if empty."""
+        return ""
+
+    @property
+    def shell_path(self) -> str:
+        """The same of norms, residuals and GELU."""
+        return "Triton norms and GELU" if kernels_fit(self.ffn_up.weight) else "torch norms and GELU"
 
     # -- what all blocks do alike -----------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """What runs on this block's device and dtype, in words, for the results."""
+        recompute = f"recompute={self.recompute}" if self.recompute != "none" else ""
+        return ", ".join(part for part in (self.mixer_path, self.shell_path, recompute) if part)
 
     def forward(self, x: Tensor, state: Any = None, *, keep_state: bool = True) -> tuple[Tensor, Any]:
         """x `[B, T, D]` -> (y `[B, T, D]`, state).
@@ -94,9 +118,7 @@ class PreNormBlock(nn.Module):
         self.check_input(x, state)
         keep_state = keep_state and self.causal
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            mixed, state = self.mix(self.attn_norm(x), state, keep_state)
-            x = x + F.dropout(mixed, self.dropout, self.training)
-            return x + self.feed_forward(x), state
+            return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
 
     def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -104,16 +126,27 @@ class PreNormBlock(nn.Module):
         self.check_step(x_t)
         return self.forward(x_t, state)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """ffn_down(gelu(ffn_up(ffn_norm(x)))) with exact (erf) GELU and dropout: `[B, T, D]` -> `[B, T, D]`."""
-        hidden = F.gelu(self.ffn_up(self.ffn_norm(x)))
-        return F.dropout(self.ffn_down(hidden), self.dropout, self.training)
-
     def split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv `[B, T, D + 2GK]` -> views q `[B, T, H, K]`, k and v `[B, T, G, K]`."""
         sizes = [self.n_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = qkv.split([n * self.head_dim for n in sizes], dim=-1)
         return tuple(t.unflatten(-1, (n, self.head_dim)) for t, n in zip((q, k, v), sizes, strict=True))
+
+    def _with_gradients(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
+        """`_differentiable`, or its recomputation where that was asked for and there can be a backward pass."""
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return recomputed(self, x, state, keep_state)
+        return self._differentiable(x, state, keep_state)
+
+    def _differentiable(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
+        """Forward as autograd and autocast can follow it."""
+        mixed, state = self.mix(self.norm(x), state, keep_state)
+        drop = self.dropout if self.training else 0.0
+        # Where the whole sequence is computed again at once, its hidden rows are left to the feed-forward's slabs.
+        keep_hidden = self.recompute == "none" or (self.restarts and self.causal)
+        mixed = F.dropout(mixed, drop)
+        y = residual_feed_forward(x, mixed, *self._feed_forward, dropout_p=drop, keep_hidden=keep_hidden)
+        return y, state
 
     def _infer(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
         """Forward without autograd: in slabs, through buffers that are reused, into one output."""
@@ -122,34 +155,40 @@ class PreNormBlock(nn.Module):
         hidden: Tensor | None = None
         mixed_whole: Tensor | None = None
         if not self.streams or not self.causal:
-            mixed_whole, state = self.mix(self.attn_norm(x), state, keep_state)
+            mixed_whole, state = self.mix(self.norm(x), state, keep_state)
         for slab in slabs:
             if mixed_whole is None:
                 keep = keep_state or slab is not slabs[-1]
-                mixed, state = self.mix(self.attn_norm(x[:, slab]), state, keep)
+                mixed, state = self.mix(self.norm(x[:, slab]), state, keep)
             else:
                 mixed = mixed_whole[:, slab]
-            mixed = F.dropout(mixed, self.dropout, self.training)
             hidden = self.finish(x[:, slab], mixed, out=y[:, slab], hidden=hidden)
         return y, state
+
+    def norm(self, x: Tensor) -> Tensor:
+        """What the mixer is given: attn_norm(x), `[B, t, D]`."""
+        return layer_norm(x, self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
 
     def finish(self, x: Tensor, mixed: Tensor, *, out: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Both residuals and the feed-forward, without autograd: out = r + ffn(r) with r = x + mixed, all `[B, t, D]`.
 
-        hidden: a buffer of at least B * t * 4D elements from an earlier call; returns the one used.
+        hidden: a buffer of at least B * t rows from an earlier call; returns the one used.
         """
         tokens = x.shape[0] * x.shape[1]
-        residual = torch.add(x, mixed)
-        normed = self.ffn_norm(residual).view(tokens, self.d_model)
         if hidden is None or hidden.shape[0] < tokens:
-            hidden = x.new_empty(tokens, 4 * self.d_model)
-        wide = hidden[:tokens]
-        torch.addmm(self.ffn_up.bias, normed, self.ffn_up.weight.t(), out=wide)
-        torch.ops.aten.gelu.out(wide, out=wide)
-        down = torch.addmm(self.ffn_down.bias, wide, self.ffn_down.weight.t(), out=normed).view_as(residual)
-        down = F.dropout(down, self.dropout, self.training)
-        torch.add(residual, down, out=out)
+            hidden = x.new_empty(tokens, self.ffn_up.out_features)
+        if self.training and self.dropout:
+            mixed = F.dropout(mixed, self.dropout)
+            out.copy_(residual_feed_forward(x, mixed, *self._feed_forward, dropout_p=self.dropout))
+        else:
+            infer(x, mixed, *self._feed_forward, out=out, hidden=hidden[:tokens])
         return hidden
+
+    @property
+    def _feed_forward(self) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What `residual_feed_forward` takes: norm, up and down."""
+        norm, up, down = self.ffn_norm, self.ffn_up, self.ffn_down
+        return (norm.weight, norm.bias, norm.eps), (up.weight, up.bias), (down.weight, down.bias)
 
     def _slabs(self, x: Tensor) -> Iterator[slice]:
         batch, length = x.shape[0], x.shape[1]

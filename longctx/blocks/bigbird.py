@@ -42,6 +42,8 @@ class BigBirdState:
 class BigBirdBlock(PreNormBlock):
     """Block-sparse attention. `plan(T)` gives the random blocks, `set_plan` replaces them."""
 
+    restarts = False  # the state is every key and value
+
     def __init__(
         self,
         *,
@@ -55,11 +57,12 @@ class BigBirdBlock(PreNormBlock):
         causal: bool = True,
         seed: int = 0,
         dropout: float = 0.0,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         shape = {"d_model": d_model, "n_heads": n_heads, "num_kv_heads": num_kv_heads}
-        super().__init__(**shape, dropout=dropout, causal=causal, device=device, dtype=dtype)
+        super().__init__(**shape, dropout=dropout, causal=causal, recompute=recompute, device=device, dtype=dtype)
         check_counts(block_size=block_size, num_window_blocks=num_window_blocks)
         check_counts(least=0, num_random_blocks=num_random_blocks, num_global_blocks=num_global_blocks)
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -165,7 +168,7 @@ class BigBirdBlock(PreNormBlock):
         return super()._infer(x, state, keep_state)
 
     @property
-    def path(self) -> str:
+    def mixer_path(self) -> str:
         weight = self.qkv_proj.weight
         if weight.device.type == "cpu":
             direct = self.causal and weight.dtype in (torch.float32, torch.float64)

@@ -102,13 +102,15 @@ class BLADEBlock(PreNormBlock):
         state_dim: int = 64,
         num_global_tokens: int = 0,
         dropout: float = 0.0,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_counts(chunk_size=chunk_size, state_dim=state_dim)
         check_counts(least=0, num_global_tokens=num_global_tokens)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory)
+        shape = {"d_model": d_model, "n_heads": n_heads, "num_kv_heads": num_kv_heads}
+        super().__init__(**shape, dropout=dropout, recompute=recompute, **factory)
         self.chunk_size, self.state_dim, self.num_global_tokens = chunk_size, state_dim, num_global_tokens
         self.state_inject = nn.Linear(state_dim, d_model, **factory)
         self.state_proj = nn.Linear(d_model, state_dim, **factory)
@@ -116,6 +118,9 @@ class BLADEBlock(PreNormBlock):
         if num_global_tokens:
             tokens = torch.empty(num_global_tokens, d_model, **factory)
             self.global_tokens = nn.Parameter(nn.init.normal_(tokens, 0.0, 0.02))
+
+    # The chain has norms and GELU of its own.
+    shell_path = ""
 
     def init_state(self, batch_size: int, s: Tensor | None = None) -> BLADEState:
         """The state at the start of a sequence; s `[B, N]`: the recurrent state to begin from, zeros if None.
@@ -143,11 +148,11 @@ class BLADEBlock(PreNormBlock):
             raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {x.shape[0]}")
         drops = self.training and self.dropout > 0.0
         if drops or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return self._differentiable(x, state, keep_state)
+            return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
 
     @property
-    def path(self) -> str:
+    def mixer_path(self) -> str:
         weight = self.qkv_proj.weight
         attention = chunk_attention_path(weight.device, weight.dtype, self.head_dim)
         if self.training:

@@ -36,6 +36,7 @@ class DenseBlock(PreNormBlock):
 
     # The fused kernels keep memory linear by themselves; slabs would only run them on awkward shapes.
     streams = False
+    restarts = False
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class DenseBlock(PreNormBlock):
         num_kv_heads: int | None = None,
         causal: bool = True,
         dropout: float = 0.0,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,13 +55,14 @@ class DenseBlock(PreNormBlock):
             n_heads=n_heads,
             num_kv_heads=num_kv_heads,
             dropout=dropout,
+            recompute=recompute,
             causal=causal,
             device=device,
             dtype=dtype,
         )
 
     @property
-    def path(self) -> str:
+    def mixer_path(self) -> str:
         weight = self.qkv_proj.weight
         return dense_attention_path(weight.device, weight.dtype, self.n_heads, self.num_kv_heads, self.head_dim)
 

@@ -77,12 +77,14 @@ class DPASSMBlock(PreNormBlock):
         window_size: int = 256,
         state_dim: int = 64,
         dropout: float = 0.0,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_counts(window_size=window_size, state_dim=state_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dropout=dropout, **factory)
+        shape = {"d_model": d_model, "n_heads": n_heads, "num_kv_heads": num_kv_heads}
+        super().__init__(**shape, dropout=dropout, recompute=recompute, **factory)
         self.window_size, self.state_dim = window_size, state_dim
         self.ssm_in = nn.Linear(d_model, state_dim, **factory)
         self.ssm_decay = nn.Parameter(nn.init.uniform_(torch.empty(state_dim, **factory), -0.1, 0.1))
@@ -184,7 +186,7 @@ class DPASSMBlock(PreNormBlock):
         return window_attention(q, k, v, window=self.window_size, dropout_p=dropout_p).flatten(2)
 
     @property
-    def path(self) -> str:
+    def mixer_path(self) -> str:
         """Which implementations run on this block's device and dtype, in words."""
         weight = self.qkv_proj.weight
         attention = window_attention_path(weight.device, weight.dtype, self.head_dim)

@@ -30,8 +30,12 @@ class IdentityBlock(PreNormBlock):
 
     def mix(self, u: Tensor, state: IdentityState | None, keep_state: bool) -> tuple[Tensor, IdentityState | None]:
         _, _, v = self.split_qkv(self.qkv_proj(u))
-        v = v.repeat_interleave(self.n_heads // self.num_kv_heads, dim=2)
-        return self.out_proj(v.flatten(2)), IdentityState() if keep_state else None
+        group = self.n_heads // self.num_kv_heads
+        if group > 1:
+            v = v.repeat_interleave(group, dim=2)
+        # As rows of one matrix, read where the projection left them: torch would copy a strided batch of them.
+        mixed = self.out_proj(v.flatten(2).flatten(0, 1)).view_as(u)
+        return mixed, IdentityState() if keep_state else None
 
     def init_state(self, batch_size: int) -> IdentityState:
         return IdentityState()

@@ -63,6 +63,7 @@ class LongformerBlock(PreNormBlock):
         num_global_tokens: int = 1,
         causal: bool = True,
         dropout: float = 0.0,
+        recompute: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +72,7 @@ class LongformerBlock(PreNormBlock):
             n_heads=n_heads,
             num_kv_heads=num_kv_heads,
             dropout=dropout,
+            recompute=recompute,
             causal=causal,
             device=device,
             dtype=dtype,
@@ -85,7 +87,7 @@ class LongformerBlock(PreNormBlock):
             self.qkv_global_proj = nn.Linear(d_model, rows, bias=False, device=device, dtype=dtype)
 
     @property
-    def path(self) -> str:
+    def mixer_path(self) -> str:
         weight = self.qkv_proj.weight
         return window_attention_path(weight.device, weight.dtype, self.head_dim)
 

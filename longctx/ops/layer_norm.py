@@ -1,0 +1,147 @@
+"""LayerNorm (Ba et al. 2016, arXiv 1607.06450), alone and behind a residual, forward and backward.
+
+In half precision on CUDA a Triton kernel that moves the rows once; everywhere else torch's own.
+
+Letters: B batch, T tokens, D d_model, P partial sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from longctx.ops import shell_kernels as kernels
+except ImportError:  # a torch without Triton
+    kernels = None
+
+
+def kernels_fit(x: Tensor) -> bool:
+    """Whether rows like those of x `[..., D]` go through the Triton kernels."""
+    return kernels is not None and kernels.fits(x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension of x `[B, T, D]`, in memory of its own. Gradients are recomputed from x."""
+    if not kernels_fit(x):
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    if torch.is_grad_enabled():
+        return _layer_norm(x, weight, bias, eps)
+    return normalize(x, weight, bias, eps)
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same without autograd."""
+    if not kernels_fit(x):
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernels.layer_norm(_dense(x), weight, bias, eps, out=out)
+    return out
+
+
+def add_normalize(
+    x: Tensor,
+    added: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    total: Tensor | None = None,
+    shifted: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(r) with r = x + added, all `[B, T, D]`, without autograd.
+
+    total, contiguous, is overwritten with r, and shifted with r + shift (`[D]`, or None for r), where they are given.
+    """
+    if kernels_fit(x):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels.add_layer_norm(
+            _dense(x), _dense(added), weight, bias, shift, eps, out=out, total=total, shifted=shifted
+        )
+        return out
+    r = torch.add(x, added) if total is None else torch.add(x, added, out=total)
+    if shifted is not None:
+        shifted.copy_(r) if shift is None else torch.add(r, shift, out=shifted)
+    return F.layer_norm(r, (x.shape[-1],), weight, bias, eps)
+
+
+class NormGradients:
+    """Backward of LayerNorm over many calls: rows go through `rows`, the sums over all of them are in `sums`."""
+
+    def __init__(self, x: Tensor, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+        self.fused = kernels_fit(x)
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        count = kernels.programs(rows) if self.fused else 1
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.partials = x.new_zeros(count, 3, width, dtype=dtype)
+
+    def rows(self, grad: Tensor, x: Tensor, *, out: Tensor, beside: Tensor | None = None) -> None:
+        """out = gradient of x given that of LayerNorm(x), plus `beside`: all `[rows, D]` and contiguous."""
+        if self.fused:
+            kernels.layer_norm_backward(grad, x, self.weight, self.eps, self.partials, out=out, beside=beside)
+            return
+        shape = [x.shape[-1]]
+        _, mean, inverse = torch.native_layer_norm(x, shape, None, None, self.eps)
+        weight = self.weight.to(x.dtype)
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            grad, x, shape, mean, inverse, weight, weight, [True, True, True]
+        )
+        self.partials[0, 0] += dw
+        self.partials[0, 1] += db
+        if beside is None:
+            out.copy_(dx)
+        else:
+            self.partials[0, 2] += beside.sum(0, dtype=self.partials.dtype)
+            torch.add(dx, beside, out=out)
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of weight and bias, and the sum of `beside`: each `[D]`, in fp32 at least."""
+        return tuple(self.partials[:, index].sum(0) for index in range(3))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with its channels side by side, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("longctx::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return normalize(x, weight, bias, eps)
+
+
+@_layer_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("longctx::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = NormGradients(x, weight, eps)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    flat = dx.view(-1, x.shape[-1])
+    gradients.rows(grad.reshape(flat.shape).contiguous(), x.reshape(flat.shape).contiguous(), out=flat)
+    dw, db, _ = gradients.sums()
+    return dx, dw.to(weight.dtype), db.to(weight.dtype)
+
+
+@_layer_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_layer_norm.register_autograd(_backward, setup_context=_save)
