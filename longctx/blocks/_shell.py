@@ -24,14 +24,14 @@ from longctx.ops.layer_norm import kernels_fit, layer_norm
 CPU_SLAB_TOKENS = 1024
 GPU_SLAB_TOKENS = 1 << 18
 
-RECOMPUTE = ("none", "block")
-"""What training computes again in backward beyond norms and GELU: nothing, or the whole block from its input."""
+RECOMPUTE = ("norms", "block")
+"""What backward computes again: what lies between matrix products, or the whole block from its input."""
 
 
 class PreNormBlock(nn.Module):
     """Base of all blocks: norms, projections, feed-forward, dropout, streaming in slabs. A subclass gives `mix`.
 
-    recompute: "none" keeps what matrix products give until backward; "block" only the input, see `_recompute.py`.
+    recompute: "norms" keeps what matrix products give until backward; "block" only the input, see `_recompute.py`.
 
     Parameters (names are part of the contract): attn_norm, ffn_norm, qkv_proj.weight `[D + 2GK, D]` (rows q, k, v),
     out_proj `[D, D]`, ffn_up `[4D, D]`, ffn_down `[D, 4D]`.
@@ -50,7 +50,7 @@ class PreNormBlock(nn.Module):
         num_kv_heads: int | None = None,
         dropout: float = 0.0,
         causal: bool = True,
-        recompute: str = "none",
+        recompute: str = "norms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,7 +106,7 @@ class PreNormBlock(nn.Module):
     @property
     def path(self) -> str:
         """What runs on this block's device and dtype, in words, for the results."""
-        recompute = f"recompute={self.recompute}" if self.recompute != "none" else ""
+        recompute = f"recompute={self.recompute}" if self.recompute != "norms" else ""
         return ", ".join(part for part in (self.mixer_path, self.shell_path, recompute) if part)
 
     def forward(self, x: Tensor, state: Any = None, *, keep_state: bool = True) -> tuple[Tensor, Any]:
@@ -143,7 +143,7 @@ class PreNormBlock(nn.Module):
         mixed, state = self.mix(self.norm(x), state, keep_state)
         drop = self.dropout if self.training else 0.0
         # Where the whole sequence is computed again at once, its hidden rows are left to the feed-forward's slabs.
-        keep_hidden = self.recompute == "none" or (self.restarts and self.causal)
+        keep_hidden = self.recompute == "norms" or (self.restarts and self.causal)
         mixed = F.dropout(mixed, drop)
         y = residual_feed_forward(x, mixed, *self._feed_forward, dropout_p=drop, keep_hidden=keep_hidden)
         return y, state

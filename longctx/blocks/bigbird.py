@@ -57,7 +57,7 @@ class BigBirdBlock(PreNormBlock):
         causal: bool = True,
         seed: int = 0,
         dropout: float = 0.0,
-        recompute: str = "none",
+        recompute: str = "norms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

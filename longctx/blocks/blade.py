@@ -102,7 +102,7 @@ class BLADEBlock(PreNormBlock):
         state_dim: int = 64,
         num_global_tokens: int = 0,
         dropout: float = 0.0,
-        recompute: str = "none",
+        recompute: str = "norms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -46,7 +46,7 @@ class DenseBlock(PreNormBlock):
         num_kv_heads: int | None = None,
         causal: bool = True,
         dropout: float = 0.0,
-        recompute: str = "none",
+        recompute: str = "norms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -77,7 +77,7 @@ class DPASSMBlock(PreNormBlock):
         window_size: int = 256,
         state_dim: int = 64,
         dropout: float = 0.0,
-        recompute: str = "none",
+        recompute: str = "norms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -63,7 +63,7 @@ class LongformerBlock(PreNormBlock):
         num_global_tokens: int = 1,
         causal: bool = True,
         dropout: float = 0.0,
-        recompute: str = "none",
+        recompute: str = "norms",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -231,7 +231,7 @@ def test_parameters():
     fresh = blocks.build("BLADE", d_model=256, n_heads=4, num_global_tokens=64)
     assert 0.015 < fresh.global_tokens.std() < 0.025
     options = {"chunk_size": 512, "state_dim": 64, "num_global_tokens": 0}
-    assert SPEC.defaults == {**options, "dropout": 0.0, "recompute": "none"}
+    assert SPEC.defaults == {**options, "dropout": 0.0, "recompute": "norms"}
 
 
 def test_copies_and_pickles_compute_the_same():

@@ -7,6 +7,7 @@ import torch
 from test_all_blocks import NAMES, OTHER, SMALL, WITH_CAUSAL, every_block, gradients, make, tokens
 
 from longctx.blocks import _recompute
+from longctx.config import parse_blocks
 from longctx.errors import LongctxError
 
 IN_SLABS = [name for name in NAMES if name not in ("Dense", "BigBird")]
@@ -148,9 +149,15 @@ def test_the_path_says_so(name):
     assert recomputed.path == f"{kept.path}, recompute=block"
 
 
+def test_the_command_line_can_say_it():
+    for word in ("norms", "block"):
+        (request,) = parse_blocks([f"Identity:recompute={word}"])
+        assert make("Identity", dict(request.options)).recompute == word
+
+
 def test_another_word_is_refused():
     for word in ("all", "", None, True):
-        with pytest.raises(LongctxError, match="recompute must be one of none, block"):
+        with pytest.raises(LongctxError, match="recompute must be one of norms, block"):
             make("Identity", recompute=word)
 
 
