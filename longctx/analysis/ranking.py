@@ -39,7 +39,7 @@ def ratio_over_rounds(result: BenchmarkResult, base: BenchmarkResult) -> Ratio |
         return None
     pairs = [
         (positive(statistics.median(ours)), positive(statistics.median(theirs)))
-        for ours, theirs in zip(_samples(result), _samples(base), strict=False)
+        for ours, theirs in zip(kept_samples(result), kept_samples(base), strict=False)
         if ours and theirs
     ]
     ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
@@ -57,8 +57,9 @@ def ratio(result: BenchmarkResult, base: BenchmarkResult) -> float | None:
     return found.value if found else None
 
 
-def _samples(result: BenchmarkResult) -> list[list[float]]:
-    return [[v for v in values if positive(v)] for values in result.samples if isinstance(values, list)]
+def kept_samples(result: BenchmarkResult) -> list[list[float]]:
+    """The samples of each round that are times, whoever wrote the file."""
+    return [[v for v in values if positive(v)] for values in result.samples or [] if isinstance(values, list)]
 
 
 def comparable(result: BenchmarkResult) -> tuple:
@@ -73,6 +74,12 @@ def base_of(result: BenchmarkResult, results: Iterable[BenchmarkResult], name: s
         if other.block_name == name and other.ok and comparable(other) == wanted:
             return other
     return None
+
+
+def ratio_to(result: BenchmarkResult, results: Iterable[BenchmarkResult], name: str = BASE) -> Ratio | None:
+    """The ratio of `result` to the row of block `name` that it may be compared with, None where there is none."""
+    base = base_of(result, results, name)
+    return ratio_over_rounds(result, base) if base else None
 
 
 @dataclass(frozen=True, kw_only=True)

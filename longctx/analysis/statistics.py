@@ -87,6 +87,19 @@ def spread(values: Iterable[float]) -> float | None:
     return (max(values) - min(values)) / abs(middle)
 
 
+def spread_within(samples: Iterable[Sequence[float]]) -> float | None:
+    """How well one round knows its own median: half its 95% interval over it, the median over rounds. None where no
+    round has 6 samples."""
+    return median(width for values in samples if (width := relative_half_width(values)) is not None)
+
+
+def spread_between(samples: Iterable[Sequence[float]]) -> float | None:
+    """How far rounds, each a process of its own, are apart: half the range of their medians over the median. None
+    under two rounds."""
+    found = spread(round_medians(samples))
+    return None if found is None else found / 2
+
+
 def quartile_spread(values: Iterable[float]) -> float | None:
     """(upper quartile - lower quartile) / median. None under 6 samples or at median 0.
 

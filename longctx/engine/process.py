@@ -21,6 +21,9 @@ from longctx.errors import LongctxError
 
 LOG_TAIL_BYTES = 4096
 MAX_SELECT_S = 86400.0
+STALL_S = 2.0
+"""A process that is woken so much later than it asked for has been suspended, with all others or alone."""
+
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """glibc then gives freed pages back at once, so that the kernel's high-water mark means the call. It slows work."""
 
@@ -214,12 +217,18 @@ class WorkerProcess:
                     yield json.loads(line)
                     continue
                 left = deadline - time.monotonic()
-                if left <= 0:
+                # What has arrived is read after the deadline too: it may have come while we were stopped (Ctrl-Z).
+                ready = {key.fd for key, _ in selector.select(max(0.0, min(left, MAX_SELECT_S)))}
+                if not ready:
+                    late = time.monotonic() - deadline
+                    if late < 0:
+                        continue
+                    if left > 0 and late > STALL_S:
+                        # Woken long after the time asked for: the machine stood still, nobody knows from when on.
+                        deadline = time.monotonic() + timeout
+                        continue
                     self.close()
                     raise WorkerLost("timeout", "Timeout", f"no result within {timeout:g} s", self.log_tail())
-                ready = {key.fd for key, _ in selector.select(min(left, MAX_SELECT_S))}
-                if not ready:
-                    continue
                 data = os.read(self._events, 1 << 16) if self._events in ready else b""
                 if not data:
                     raise self._lost()

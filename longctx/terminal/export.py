@@ -14,9 +14,9 @@ from typing import Any
 
 from longctx.analysis.conclusions import Conclusions, conclude, conclude_modes
 from longctx.analysis.crossover import Crossover
-from longctx.analysis.ranking import BASE, base_of, ratio
+from longctx.analysis.ranking import BASE, kept_samples, ratio_to
 from longctx.analysis.settings import by_mode, in_words, varying
-from longctx.analysis.statistics import positive
+from longctx.analysis.statistics import positive, spread_between, spread_within
 from longctx.analysis.summary import problems, slopes
 from longctx.results import BenchmarkResult, jsonable
 from longctx.terminal.findings import (
@@ -31,7 +31,7 @@ from longctx.terminal.findings import (
     span,
     time_word,
 )
-from longctx.terminal.format import plain
+from longctx.terminal.format import percent, plain
 from longctx.terminal.tables import MODE_HEADS
 
 COLUMNS = (
@@ -82,7 +82,7 @@ def document(
                     "block_name": result.block_name,
                     "sequence_length": result.sequence_length,
                     "key": result.key,
-                    "ratio": _ratio_to_base(result, results),
+                    **_ratio_fields(result, results),
                 }
                 for result in results
             ],
@@ -109,7 +109,17 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     several = len(runs) > 1
-    head = [*COLUMNS, "ratio_to_dense", "gate_error", "warnings", "error"]
+    head = [
+        *COLUMNS,
+        "spread_within",
+        "spread_between",
+        "ratio_to_dense",
+        "ratio_low",
+        "ratio_high",
+        "gate_error",
+        "warnings",
+        "error",
+    ]
     writer.writerow(["run", *head] if several else head)
     for label, results in runs.items():
         for result in results:
@@ -117,7 +127,8 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
             error = result.error if isinstance(result.error, dict) else {}
             cells = [label] if several else []
             cells += [getattr(result, name) for name in COLUMNS]
-            cells += [_ratio_to_base(result, results), gate.get("error")]
+            cells += [spread_within(kept_samples(result)), spread_between(kept_samples(result))]
+            cells += [*_ratio_fields(result, results).values(), gate.get("error")]
             cells += [" ".join(map(str, result.warnings)), error.get("message")]
             writer.writerow([_csv_cell(cell) for cell in cells])
     return out.getvalue()
@@ -162,7 +173,16 @@ def _rows_table(results: Sequence[BenchmarkResult]) -> str:
     shown = [name for name in OPTIONAL if any(getattr(row, name) is not None for row in results if row.ok)]
     if results[0].mode not in ("decode", "prefill"):
         shown = [name for name in shown if name != "state_bytes"]
-    head = ["block", *(axis.header for axis in axes), "tokens", "time (ms)", f"time / {BASE}", "tokens/s", "peak (MiB)"]
+    head = [
+        "block",
+        *(axis.header for axis in axes),
+        "tokens",
+        "time (ms)",
+        "rounds +-",
+        f"time / {BASE}",
+        "tokens/s",
+        "peak (MiB)",
+    ]
     head += [*(OPTIONAL[name][0] for name in shown), "status"]
     rows = []
     for result in sorted(results, key=lambda r: r.sequence_length):
@@ -176,7 +196,8 @@ def _rows_table(results: Sequence[BenchmarkResult]) -> str:
                 *("" if (value := axis.of(result)) is None else markdown_text(value) for axis in axes),
                 f"{result.sequence_length:,}",
                 _figure(result.time_s if ok else None, 1e3),
-                f"{found:.2f}" if (found := _ratio_to_base(result, results)) else "",
+                _spread(spread_between(kept_samples(result)) if ok else None),
+                _ratio_in_words(_ratio_fields(result, results)),
                 _figure(result.throughput_tokens_per_sec if ok else None),
                 _figure(result.peak_memory_mb if ok else None),
                 *(_figure(getattr(result, name) if ok else None, OPTIONAL[name][1]) for name in shown),
@@ -212,9 +233,27 @@ def _findings(found: Conclusions, crossovers: Sequence[Crossover]) -> list[str]:
     return parts
 
 
-def _ratio_to_base(result: BenchmarkResult, results: Iterable[BenchmarkResult]) -> float | None:
-    base = base_of(result, results)
-    return ratio(result, base) if base else None
+def _spread(share: float | None) -> str:
+    return "" if share is None else percent(share)
+
+
+def _ratio_fields(result: BenchmarkResult, results: Iterable[BenchmarkResult]) -> dict[str, float | None]:
+    """Time over Dense's, and the extremes of that over rounds where there were several."""
+    found = ratio_to(result, results)
+    several = found is not None and found.rounds > 1
+    return {
+        "ratio": found.value if found else None,
+        "ratio_low": found.low if several else None,
+        "ratio_high": found.high if several else None,
+    }
+
+
+def _ratio_in_words(fields: Mapping[str, float | None]) -> str:
+    """`0.53`, over several rounds `0.53 (0.51 to 0.56)`."""
+    value, low, high = fields.values()
+    if value is None:
+        return ""
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _csv_cell(value: Any) -> Any:

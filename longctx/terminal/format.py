@@ -108,6 +108,11 @@ def ratio(value: float | None) -> str:
     return f"{value:.2f}x" if value < 100 else f"{number(value)}x"
 
 
+def ratio_range(low: float, high: float) -> str:
+    """The ends between which a ratio lay: `0.61-0.64`."""
+    return f"{ratio(low)[:-1]}-{ratio(high)[:-1]}"
+
+
 def error(value: float | None) -> str:
     """A relative error: `1.2e-07`, `0` when it is none."""
     if not _is_number(value):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from longctx.analysis.ranking import BASE, base_of, ratio
+from longctx.analysis.ranking import BASE, ratio_to
 from longctx.analysis.settings import Axis, by_mode, in_words, varying
-from longctx.analysis.statistics import positive
+from longctx.analysis.statistics import positive, spread_between, spread_within
 from longctx.analysis.summary import rankings, reason
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
@@ -221,16 +221,22 @@ def _figure_columns(
     columns = [
         Column(header="block", cells=[fmt.plain(r.block_name) for r in rows], right=False, flexible=True),
         Column(header=f"time {unit.name}", cells=[unit.text(_time(r)) if r.ok else status_word(r) for r in rows]),
-        Column(header="+-", cells=[fmt.percent(_spread(r)) for r in rows], keep=2),
+        Column(header="within", cells=[fmt.percent(_spread(r, spread_within)) for r in rows], keep=0),
+        Column(header="between", cells=[fmt.percent(_spread(r, spread_between)) for r in rows], keep=2),
         Column(header="tokens/s", cells=[fmt.number(_rate(r)) for r in rows], keep=6 if decoding else 3),
         *_part_columns(rows, unit),
         Column(header=f"peak {size.name}", cells=[size.text(_peak(r)) for r in rows], keep=1 if decoding else 5),
     ]
     for name in present:
-        cells = [fmt.ratio(_ratio(r, everything, name)) for r in rows]
+        found = [ratio_to(r, everything, name) for r in rows]
+        cells = [fmt.ratio(ratio.value if ratio else None) for ratio in found]
         columns.append(Column(header=f"vs {name}", cells=cells, keep=6 if name == BASE else 1))
+    if present:
+        # Of the last one, Dense where it is there: what rounds made of it.
+        cells = [fmt.ratio_range(ratio.low, ratio.high) if ratio and ratio.rounds > 1 else fmt.NONE for ratio in found]
+        columns.append(Column(header="range", cells=cells, keep=1))
     columns.append(Column(header="error", cells=[fmt.error(gate_error(r)) for r in rows], keep=4))
-    columns.append(Column(header="status", cells=[_status(r) for r in rows], keep=0, right=False))
+    columns.append(Column(header="status", cells=[_status(r) for r in rows], keep=2, right=False))
     return [column for column in columns if column.keep is None or set(column.cells) != {fmt.NONE}]
 
 
@@ -269,17 +275,12 @@ def _rate(result: BenchmarkResult) -> float | None:
     return positive(result.throughput_tokens_per_sec) if result.ok else None
 
 
-def _spread(result: BenchmarkResult) -> float | None:
-    """Half the 95% interval over the median."""
-    interval, time = result.forward_time_ci95, _time(result)
-    if not (isinstance(interval, list) and len(interval) == 2 and time and all(map(positive, interval))):
-        return None
-    return (interval[1] - interval[0]) / 2 / time
-
-
-def _ratio(result: BenchmarkResult, results: Sequence[BenchmarkResult], name: str) -> float | None:
-    base = base_of(result, results, name)
-    return ratio(result, base) if base else None
+def _spread(result: BenchmarkResult, of: Callable[[list[list[float]]], float | None]) -> float | None:
+    """The spread of the samples within rounds or between them."""
+    samples = [
+        [value for value in values if positive(value)] for values in result.samples or [] if isinstance(values, list)
+    ]
+    return of(samples) if result.ok else None
 
 
 def gate_error(result: BenchmarkResult) -> float | None:

@@ -233,6 +233,33 @@ def test_a_worker_that_hangs_is_ended_at_its_limit(script, start):
     assert found.log_tail == "still here\n"
 
 
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_time_in_which_the_supervisor_was_stopped_costs_no_row(script, tmp_path, all_of_it):
+    # Ctrl-Z stops the supervisor alone, a suspended machine its worker too.
+    script("time.sleep(1.0)\n" + SPEAK.format("'alive'"))
+    ask = (
+        "import json, sys\n"
+        "from longctx.engine.process import Refused, WorkerProcess\n"
+        "worker = WorkerProcess(json.loads(sys.argv[1]), threads=1)\n"
+        "print(worker.pid, flush=True)\n"
+        "try:\n"
+        "    worker.ask({'job': 'hello'}, timeout=4.0)\n"
+        "except Refused as refused:\n"
+        "    print(refused.message, flush=True)\n"
+        "finally:\n"
+        "    worker.close()\n"
+    )
+    words = [sys.executable, "-c", ask, json.dumps(CONFIG)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as stopped:
+        worker = int(stopped.stdout.readline())
+        for pid in [worker] * all_of_it + [stopped.pid]:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(7.0)
+        for pid in [worker] * all_of_it + [stopped.pid]:
+            os.kill(pid, signal.SIGCONT)
+        assert stopped.stdout.read().strip() == "alive"
+
+
 def test_a_limit_of_years_is_no_limit(script, start):
     script(SPEAK.format("'alive'"))
     assert said(start(), timeout=1e9) == "alive"

@@ -46,7 +46,7 @@ def test_markdown_keeps_its_columns():
     assert "<" not in text and "\x1b" not in text and "@me" not in text
     head, rule, *body = text.split("\n\n")[0].splitlines()
     bars = {line.replace("\\|", "").count("|") for line in (head, rule, *body)}
-    assert bars == {8}
+    assert bars == {9}
     assert "| 4,096 |" in text and "| 0.25 |" in text
     assert "Dense at 8,192: oom, needs" in text
 

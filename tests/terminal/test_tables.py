@@ -76,8 +76,8 @@ def test_every_width_shows_whole_numbers_and_no_wide_line(width: int) -> None:
 @pytest.mark.parametrize(
     ("width", "there", "gone"),
     [
-        (120, ["+-", "tokens/s", "peak MiB", "vs Dense", "error", "status"], []),
-        (80, ["peak MiB", "vs Dense", "error"], ["status"]),
+        (120, ["tokens/s", "peak MiB", "vs Dense", "error", "status"], []),
+        (80, ["peak MiB", "vs Dense", "error"], ["within", "range"]),
         (50, ["peak MiB", "vs Dense"], ["tokens/s", "error"]),
         (44, ["vs Dense"], ["peak MiB"]),
     ],
@@ -100,6 +100,23 @@ def test_ratios_are_those_of_the_same_round() -> None:
     other = row("BLADE", 1024, 0.004, samples=[[0.002], [0.004], [0.004]])
     line = results_table([dense, other], 120).plain.splitlines()[2]
     assert "0.50x" in line
+
+
+def test_the_spread_between_rounds_stands_beside_the_spread_within_and_a_ratio_beside_its_range() -> None:
+    within = [[0.99e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1.01e-3], [1.09e-3, 1.1e-3, 1.1e-3, 1.1e-3, 1.1e-3, 1.11e-3]]
+    dense = row("Dense", 1024, 0.002, samples=[[2e-3] * 6, [2e-3] * 6])
+    other = row("BLADE", 1024, 0.00105, samples=within)
+    head, _, line = results_table([dense, other], 140).plain.splitlines()
+    figures = dict(
+        zip(
+            head.replace("vs Dense", "vs").replace("time ms", "time").replace("peak MiB", "peak").split(),
+            line.split(),
+            strict=False,
+        )
+    )
+    assert figures["within"] == "1.0%"
+    assert figures["between"] == "4.8%"
+    assert figures["range"] == "0.50-0.55"
 
 
 def test_a_wrong_number_is_not_shown_as_a_record() -> None:
