@@ -198,7 +198,7 @@ def sweep(
     )
     lengths = options.words(sequence_lengths) if sequence_lengths is not None else defaults.sequence_lengths
     if dry_run and against is not None:
-        raise UsageError("--dry-run and --against do not go together", "leave --against out: both sides are its blocks")
+        raise UsageError("--dry-run and --against do not go together", "name both sides as --blocks to see their cells")
     made = BenchmarkConfig(
         sequence_lengths=lengths,
         **given,
