@@ -31,8 +31,8 @@ Blocks = Annotated[
     typer.Option(
         "--blocks",
         metavar="NAME...",
-        help="Blocks, as several words: BLADE DPASSM. NAME:option=value sets options; path/to/file.py:Name is a "
-        "module of your own. All six if not given.",
+        help="Blocks, as several words: BLADE DPASSM. NAME:option=value sets options, NAME:option=1,2 makes a row "
+        "of each value; path/to/file.py:Name is a module of your own. All six if not given.",
         autocompletion=complete_blocks,
         show_default=False,
         rich_help_panel=MODEL,
@@ -53,7 +53,13 @@ SequenceLength = Annotated[
 ]
 BatchSizes = Annotated[
     list[str] | None,
-    typer.Option("--batch-size", metavar="N...", help="Sequences a call.", show_default="1", rich_help_panel=MODEL),
+    typer.Option(
+        "--batch-size",
+        metavar="N...",
+        help="Sequences a call, as several words: 1 4 16.",
+        show_default="1",
+        rich_help_panel=MODEL,
+    ),
 ]
 DModels = Annotated[
     list[str] | None,

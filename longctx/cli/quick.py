@@ -49,7 +49,7 @@ def quick(
     \b
     longctx quick
     longctx quick --blocks BLADE DPASSM --seq-len 8K
-    longctx quick --blocks Dense my_block.py:MyBlock --dtype bf16 --mode forward train
+    longctx quick --blocks Dense my_block.py:MyBlock --mode forward train
 
     One round of a few calls, not saved unless --output-file is given. `longctx sweep` measures with more care.
     """
