@@ -59,6 +59,9 @@ COLUMNS = (
     "state_bytes",
     "path",
 )
+SHAPE = ("d_model", "n_heads", "num_kv_heads", "layers")
+"""Columns from the configuration of a row: a sweep may hold several of each."""
+
 OPTIONAL = {
     "forward_part_s": ("forward (ms)", 1e3),
     "backward_part_s": ("backward (ms)", 1e3),
@@ -109,17 +112,8 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     several = len(runs) > 1
-    head = [
-        *COLUMNS,
-        "spread_within",
-        "spread_between",
-        "ratio_to_dense",
-        "ratio_low",
-        "ratio_high",
-        "gate_error",
-        "warnings",
-        "error",
-    ]
+    head = [*COLUMNS, *SHAPE, "spread_within", "spread_between", "ratio_to_dense", "ratio_low", "ratio_high"]
+    head += ["gate_error", "warnings", "error"]
     writer.writerow(["run", *head] if several else head)
     for label, results in runs.items():
         for result in results:
@@ -127,7 +121,10 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
             error = result.error if isinstance(result.error, dict) else {}
             cells = [label] if several else []
             cells += [getattr(result, name) for name in COLUMNS]
-            cells += [spread_within(kept_samples(result)), spread_between(kept_samples(result))]
+            config = result.config if isinstance(result.config, dict) else {}
+            samples = kept_samples(result)
+            cells += [config.get(name) for name in SHAPE]
+            cells += [spread_within(samples), spread_between(samples)]
             cells += [*_ratio_fields(result, results).values(), gate.get("error")]
             cells += [" ".join(map(str, result.warnings)), error.get("message")]
             writer.writerow([_csv_cell(cell) for cell in cells])

@@ -40,6 +40,13 @@ def test_csv_reads_back_and_runs_nothing():
     assert (read[1]["forward_time_median"], read[1]["status"]) == ("", "oom")
 
 
+def test_csv_tells_rows_of_two_shapes_apart():
+    shapes = [{"d_model": 64, "n_heads": 4}, {"d_model": HOSTILE, "n_heads": [1]}]
+    text = to_csv({"x": [row("A", 1024, 1.0, config=config) for config in shapes] + [row("A", 1024, 1.0)]})
+    read = list(csv.DictReader(io.StringIO(text)))
+    assert [(line["d_model"][:4], line["n_heads"]) for line in read] == [("64", "4"), ("'=cm", "[1]"), ("", "")]
+
+
 def test_markdown_keeps_its_columns():
     text = to_markdown([row(HOSTILE, 1024, 1.0), *run()], environment="torch 2 | <cpu>")
     text.encode()
