@@ -115,9 +115,7 @@ def describe_block(request: BlockRequest, *, d_model: int, n_heads: int, num_kv_
     user}. Raises UsageError for a block, file, name or option that does not exist, and for what cannot be built.
     """
     cell = Cell(block=request, length=1, d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads)
-    # Of ours only the shapes are needed; a user's code may look at values while it builds.
-    device = torch.device("cpu" if request.is_user else "meta")
-    loaded = load_block(request, cell, device, torch.float32, 0)
+    loaded = load_block(request, cell, _where_shapes_are_enough(request), torch.float32, 0)
     return {
         "name": request.name,
         "target": request.target if request.is_user else blocks.resolve(request.target),
@@ -131,12 +129,14 @@ def describe_block(request: BlockRequest, *, d_model: int, n_heads: int, num_kv_
     }
 
 
+def _where_shapes_are_enough(request: BlockRequest) -> torch.device:
+    """Of ours only the shapes are needed; a user's code may look at values while it builds."""
+    return torch.device("cpu" if request.is_user else "meta")
+
+
 def cost_of(cell: Cell) -> Cost | None:
     """What the cost model of a cell's block says, None for a block without one. Raises UsageError as `load_block`."""
-    if cell.block.is_user:
-        return load_block(cell.block, cell, torch.device("cpu"), torch.float32, 0).cost
-    spec = blocks.load(cell.block.target)
-    return spec.cost(cell, spec.check_options(dict(cell.block.options)))
+    return load_block(cell.block, cell, _where_shapes_are_enough(cell.block), torch.float32, 0).cost
 
 
 def load_block(request: BlockRequest, cell: Cell, device: torch.device, dtype: torch.dtype, seed: int) -> LoadedBlock:
