@@ -20,6 +20,9 @@ from longctx.errors import UsageError, did_you_mean
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 MODES = ("forward", "train", "decode", "prefill")
+LIGHTNING = "lightning"
+"""The mode of cells and rows of --lightning-mode: a whole training step, as Lightning's Trainer runs it."""
+
 PROTOCOL_VERSION = 2
 """Raised when the way a number is made changes, so that old and new figures are never mixed by --resume."""
 
@@ -244,6 +247,9 @@ class BenchmarkConfig:
     energy: bool = True
     cuda_graph: bool = False
     lightning_mode: bool = False
+    """Measure the training step of a language model of `layers` blocks, in Lightning's Trainer and in a bare loop."""
+    layers: int = 1
+    """Blocks in a row: each has weights of its own."""
 
     def __post_init__(self) -> None:
         self.sequence_lengths = list(dict.fromkeys(parse_length(length) for length in self.sequence_lengths))
@@ -256,6 +262,7 @@ class BenchmarkConfig:
             "warmup_runs": 0,
             "benchmark_runs": 1,
             "rounds": 1,
+            "layers": 1,
         }
         optional = {"num_kv_heads": 1, "threads": 1}
         for name, least in {**minima, **optional}.items():
@@ -274,6 +281,10 @@ class BenchmarkConfig:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        if self.lightning_mode and self.mode not in ("forward", "train"):
+            raise UsageError(f"--lightning-mode measures a training step, not mode {self.mode}", "leave --mode out")
+        if self.lightning_mode and self.cuda_graph:
+            raise UsageError("a training step of Lightning is no CUDA graph", "leave --cuda-graph out")
         if self.d_model % self.n_heads:
             raise UsageError(
                 f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}",
@@ -300,10 +311,11 @@ class BenchmarkConfig:
                     length=length,
                     batch_size=self.batch_size,
                     dtype=dtype,
-                    mode=self.mode,
+                    mode=LIGHTNING if self.lightning_mode else self.mode,
                     d_model=self.d_model,
                     n_heads=self.n_heads,
                     num_kv_heads=self.num_kv_heads,
+                    layers=self.layers,
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -313,7 +325,7 @@ class BenchmarkConfig:
         return {name: data.pop(name) for name in published} | data
 
 
-AXES = ("mode", "dtype", "d_model", "n_heads", "num_kv_heads", "batch_size")
+AXES = ("mode", "dtype", "d_model", "n_heads", "num_kv_heads", "layers", "batch_size")
 """The fields of a configuration and of a cell of which one sweep may hold several values, outermost first."""
 
 
@@ -334,6 +346,7 @@ _FLAGS = {
     "d_model": "--d-model",
     "n_heads": "--n-heads",
     "num_kv_heads": "--num-kv-heads",
+    "layers": "--layers",
     "batch_size": "--batch-size",
     "device": "--device",
     "dtype": "--dtype",
@@ -355,6 +368,7 @@ _SWITCHES = {
     "gate": (None, "--no-gate"),
     "energy": (None, "--no-energy"),
     "cuda_graph": ("--cuda-graph", None),
+    "lightning_mode": ("--lightning-mode", None),
 }
 
 

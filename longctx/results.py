@@ -87,6 +87,9 @@ class BenchmarkResult:
     peak_bytes_per_token: float | None = None
     gate: dict[str, Any] | None = None
     """{error, tolerance, passed, reason}: the check against the reference."""
+    lightning: dict[str, Any] | None = None
+    """Mode lightning: {bare_samples, bare_step_s, overhead_share, data_share, first_loss, last_loss, parameters,
+    precision, version}. bare: the same step in a plain loop; overhead_share: what Lightning adds, of its own step."""
     path: str | None = None
     """The implementation that ran, in words."""
     error: dict[str, Any] | None = None

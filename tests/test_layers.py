@@ -43,6 +43,8 @@ LIGHT_ENGINE = {
     "peaks",
     "judge",
 }
+UPWARDS = {("engine", "session"): ("training", "cell")}
+"""A cell that Lightning's Trainer runs: its worker loads training, which is built on the engine, inside a function."""
 HEAVY = ("torch", "lightning", "pytorch_lightning", "plotext", "triton")
 
 
@@ -71,12 +73,22 @@ def imports_of(path: Path) -> list[tuple[str, ...]]:
     return [parts for parts in found if parts]
 
 
+def modules_at_the_top(path: Path) -> set[str]:
+    """The rooms that a file imports as it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[1] for name in names if name.startswith("longctx.")}
+
+
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_follow_the_picture(path):
     room = room_of(path)
     assert room in MAY_IMPORT, f"{room} is new: say in MAY_IMPORT what it may import"
     for parts in imports_of(path):
         if parts[0] in (room, "errors", *longctx.__all__):
+            continue
+        if parts == UPWARDS.get((room, path.stem)):
+            assert "training" not in modules_at_the_top(path), f"{path.name} loads training with itself"
             continue
         assert parts[0] in MAY_IMPORT[room], f"{room} imports {'.'.join(parts)}"
         if room == "cli" and parts[0] == "engine" and len(parts) > 1:

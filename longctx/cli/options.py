@@ -79,6 +79,16 @@ NumKvHeads = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        metavar="N...",
+        help="Blocks in a row, each with weights of its own.",
+        show_default="1",
+        rich_help_panel=MODEL,
+    ),
+]
 DType = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "fp64"],
     typer.Option("--dtype", help="Number format; auto is bf16 on a GPU, fp32 on a CPU.", rich_help_panel=MODEL),

@@ -19,6 +19,7 @@ def sweep(
     d_model: options.DModels = None,
     n_heads: options.NHeads = None,
     num_kv_heads: options.NumKvHeads = None,
+    layers: options.Layers = None,
     device: options.Device = "auto",
     dtype: options.DTypes = None,
     mode: options.Modes = None,
@@ -132,7 +133,12 @@ def sweep(
     ] = False,
     lightning_mode: Annotated[
         bool,
-        typer.Option("--lightning-mode", help="Measure through Lightning's trainer.", rich_help_panel=options.RUNS),
+        typer.Option(
+            "--lightning-mode",
+            help="Time the training step of a language model of --layers blocks in Lightning's Trainer, beside the "
+            "same step in a plain loop.",
+            rich_help_panel=options.MODEL,
+        ),
     ] = False,
     config: options.Config = None,
     output_file: options.OutputFile = None,
@@ -174,6 +180,7 @@ def sweep(
     longctx sweep --mode forward train decode --batch-size 1 4 16
     longctx sweep --output-file run.json --resume
     longctx sweep --config bench.toml --rounds 5 --dry-run
+    longctx sweep --lightning-mode --layers 4
     longctx sweep --blocks my_block.py:MyBlock --against ../main --fail-on-regression
 
     Every cell is measured in each of --rounds fresh processes, after a check against its reference. Exit codes: 0 ok,
@@ -183,18 +190,20 @@ def sweep(
     from longctx.cli._against import check, sweep_against
     from longctx.cli._measure import exit_code, measure, print_json
     from longctx.config import AGAINST_ROUNDS, DEFAULT_RUNS, BenchmarkConfig, command_line, parse_blocks
-    from longctx.errors import MissingError, UsageError
+    from longctx.errors import UsageError
 
-    if lightning_mode:
-        raise MissingError(
-            "--lightning-mode is not there yet", "leave it out: blocks are then measured directly, without a trainer"
-        )
     check(against=against, guard=guard, fail_on_regression=fail_on_regression)
     names = [str(request) for request in parse_blocks(blocks or [])]
     defaults = BenchmarkConfig(fixed_runs=False)
     usual_rounds = defaults.rounds if against is None else AGAINST_ROUNDS
     given, vary = options.axes(
-        batch_size=batch_size, d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dtype=dtype, mode=mode
+        batch_size=batch_size,
+        d_model=d_model,
+        n_heads=n_heads,
+        num_kv_heads=num_kv_heads,
+        layers=layers,
+        dtype=dtype,
+        mode=mode,
     )
     lengths = options.words(sequence_lengths) if sequence_lengths is not None else defaults.sequence_lengths
     if dry_run and against is not None:
@@ -216,6 +225,7 @@ def sweep(
         cudnn_benchmark=cudnn_benchmark,
         cudnn_deterministic=cudnn_deterministic,
         cuda_graph=cuda_graph,
+        lightning_mode=lightning_mode,
         profile_memory=not no_memory_profile,
         gate=not no_gate,
         energy=not no_energy,

@@ -59,7 +59,7 @@ def check_block(
     found |= {"first_call_s": None, "call_s": None, "calls": 0}
     cache = {} if cache is None else cache
     key = (loaded.source_hash, repr(sorted(loaded.options.items())), cell.d_model, cell.n_heads, cell.num_kv_heads)
-    key += (cell.dtype, str(device), cell.batch_size > 1, cell.mode if cell.mode in STREAMED else None)
+    key += (cell.layers, cell.dtype, str(device), cell.batch_size > 1, cell.mode if cell.mode in STREAMED else None)
     with torch.inference_mode():
         try:
             # The call at the cell's shape comes first: it is the first call that a user would see.

@@ -140,13 +140,19 @@ def cost_of(cell: Cell) -> Cost | None:
 
 
 def load_block(request: BlockRequest, cell: Cell, device: torch.device, dtype: torch.dtype, seed: int) -> LoadedBlock:
-    """Build the block of `request` for `cell`, weights drawn from `seed`. Raises UsageError.
+    """Build the block of `request` for `cell`, or `cell.layers` of them in a row, weights drawn from `seed`. Raises
+    UsageError.
 
     It leaves the folder of a user's file on sys.path, for imports made while the block runs, and takes random
     numbers: call it inside `flags.global_state()`.
     """
     torch.manual_seed(seed)
-    loaded = (_load_user if request.is_user else _load_own)(request, cell, device, dtype)
+    load = _load_user if request.is_user else _load_own
+    loaded = load(request, cell, device, dtype)
+    if cell.layers > 1:
+        from longctx.engine.stack import stacked
+
+        loaded = stacked([loaded, *(load(request, cell, device, dtype) for _ in range(cell.layers - 1))], cell)
     loaded.seed = seed
     loaded.module.eval()
     return loaded

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from longctx.config import Cell
+from longctx.config import LIGHTNING, Cell
 
 STEAL_LIMIT = 0.01
 """Share of a window that the hypervisor may give to others before a sample counts as contended."""
@@ -172,14 +172,17 @@ def available_memory_bytes() -> int:
 def predict_memory_bytes(cell: Cell, options: Mapping[str, Any]) -> int:
     """A floor of what one call of `cell` takes: no implementation of any block can do with less. Bytes.
 
-    Input and output, the shell's weights and, in training, their gradients. It is there to refuse a length that
-    cannot fit; a cell that passes may still run out of memory. options: of the block; none of them lowers the floor.
+    Input and output, the shell's weights and, in training, gradients and what the optimizer keeps. It is there to
+    refuse a length that cannot fit; a cell that passes may still run out of memory. options: of the block; none of them
+    lowers the floor.
     """
     size = _ELEMENT_BYTES[cell.dtype]
     # A user's own module may hold no weights at all.
     weights = 0 if cell.block.is_user else cell.layers * 12 * cell.d_model**2
     activations = 2 * cell.batch_size * cell.length * cell.d_model
-    return size * (weights + activations) * (2 if cell.mode == "train" else 1)
+    # Gradients; with an optimizer also its two moments of every weight.
+    of_weights, of_activations = {"train": (2, 2), LIGHTNING: (4, 2)}.get(cell.mode, (1, 1))
+    return size * (of_weights * weights + of_activations * activations)
 
 
 # -- neighbours ----------------------------------------------------------------------------------------------------

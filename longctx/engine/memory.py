@@ -83,7 +83,7 @@ def resting(device: torch.device) -> Resting:
         del a
     gc.collect()
     torch.cuda.synchronize(device)
-    return Resting(tensor_bytes=_requested(device, "current"), graph_bytes=_graph_pool_bytes(device))
+    return Resting(tensor_bytes=requested_bytes(device, "current"), graph_bytes=_graph_pool_bytes(device))
 
 
 # -- CUDA ----------------------------------------------------------------------------------------------------------
@@ -98,15 +98,15 @@ def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resti
             gc.collect()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
-            before = _requested(device, "current")
+            before = requested_bytes(device, "current")
             torch.cuda.reset_peak_memory_stats(device)
             y = call()
             torch.cuda.synchronize(device)
-            peak = _requested(device, "peak") - before
+            peak = requested_bytes(device, "peak") - before
             reserved = torch.cuda.max_memory_reserved(device)
             # What captured graphs hold serves no one else, but no allocation shows it when they are replayed.
             graphs = max(0, _graph_pool_bytes(device) - floor.graph_bytes)
-            allocated = _requested(device, "current") - floor.tensor_bytes
+            allocated = requested_bytes(device, "current") - floor.tensor_bytes
             del y
             reading = MemoryReading(
                 peak_bytes=peak + graphs, allocated_bytes=allocated + graphs, reserved_bytes=reserved
@@ -117,7 +117,7 @@ def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resti
     return max(readings[-2:], key=lambda reading: reading.peak_bytes or 0)
 
 
-def _requested(device: torch.device, moment: str) -> int:
+def requested_bytes(device: torch.device, moment: str) -> int:
     """Bytes that tensors asked for. The allocator's own sizes depend on which free block it happened to have."""
     stats = torch.cuda.memory_stats(device)
     requested = stats.get(f"requested_bytes.all.{moment}", 0)
@@ -159,14 +159,24 @@ def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable
 
 def cpu_peak_bytes(call: Callable[[], Any]) -> int:
     """Resident bytes at the highest moment of `call()`, above the level just before it. Linux, under MALLOC_ENV."""
+    level = cpu_level_bytes()
+    y = call()
+    peak = cpu_peak_above(level)
+    _drop(y)
+    return peak
+
+
+def cpu_level_bytes() -> int:
+    """Resident bytes now, from which on `cpu_peak_above` looks for the highest moment."""
     settle()
     # 5 resets the high-water mark to the present level.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    y = call()
-    peak = _status_bytes("VmHWM") - before
-    _drop(y)
-    return max(0, peak)
+    return _status_bytes("VmRSS")
+
+
+def cpu_peak_above(level: int) -> int:
+    """Resident bytes at the highest moment since `cpu_level_bytes` returned `level`, above it."""
+    return max(0, _status_bytes("VmHWM") - level)
 
 
 def settle() -> None:

@@ -50,6 +50,8 @@ def add_round(row: BenchmarkResult, cell: Cell, found: Mapping[str, Any]) -> Non
             setattr(row, name, value)
     if found.get("block_options"):
         row.block_options = dict(found["block_options"])
+    if bare := found.get("bare_samples_round"):
+        _add_bare(row, bare)
     _derive(row, cell)
 
 
@@ -71,6 +73,16 @@ def fault(status: str, kind: str, message: str, log_tail: str | None = None) -> 
         "samples_round": [],
         "host_time_median": None,
     }
+
+
+def _add_bare(row: BenchmarkResult, bare: list[float]) -> None:
+    """Put one more round of the plain training loop beside Lightning's, whose samples are in the row already."""
+    said = row.lightning = dict(row.lightning or {})
+    said["bare_samples"] = [*said.get("bare_samples", []), bare]
+    said["bare_step_s"] = round_median(said["bare_samples"])
+    # Within a round, as all ratios are: what slows a round slows both loops.
+    pairs = zip(row.samples, said["bare_samples"], strict=False)
+    said["overhead_share"] = statistics.median(1 - median(plain) / median(ours) for ours, plain in pairs)
 
 
 def _derive(row: BenchmarkResult, cell: Cell) -> None:

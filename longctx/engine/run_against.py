@@ -80,6 +80,8 @@ def run_against(
         raise UsageError(
             "--against needs a process for each side", "leave --isolation none out: both are alive at the same time"
         )
+    if config.lightning_mode:
+        raise UsageError("--against takes samples in turns, and Lightning takes its steps in a row", "leave one out")
     rival = opponent(other)
     pairs = _pairs(requested(blocks or config.blocks), rival, everything=not (blocks or config.blocks))
     if command is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from longctx import blocks as own_blocks
 from longctx.analysis.plausibility import mark_suspects
-from longctx.config import BenchmarkConfig, BlockRequest, Cell, command_line, parse_blocks, variants
+from longctx.config import LIGHTNING, BenchmarkConfig, BlockRequest, Cell, command_line, parse_blocks, variants
 from longctx.engine.judge import Judge
 from longctx.engine.locks import held
 from longctx.engine.machine import available_memory_bytes, default_threads, describe_host, predict_memory_bytes
@@ -376,7 +376,7 @@ class Sweep:
         if not counted or not self.config.energy:
             return
         for cell, row in self.rows.items():
-            measurable = cell.mode != "decode" and not self.config.cuda_graph
+            measurable = cell.mode not in ("decode", LIGHTNING) and not self.config.cuda_graph
             if row.ok and row.joules_per_token is None and measurable:
                 self._check_time()
                 self.emit(Notice(text=f"energy of {cell.label}"))
@@ -508,4 +508,4 @@ def _weight(cell: Cell) -> float:
     pairs = cell.length**2 / 2 if cell.block.target == "Dense" else cell.length * 512
     flops = cell.batch_size * (24 * cell.d_model**2 * cell.length + 4 * cell.d_model * pairs)
     # A few steps of decoding take no time beside the reading of their context.
-    return 2e11 + {"train": 15, "decode": 2}.get(cell.mode, 5) * flops
+    return 2e11 + {"train": 15, "decode": 2, LIGHTNING: 30}.get(cell.mode, 5) * flops * cell.layers

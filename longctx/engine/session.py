@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from longctx.config import BlockRequest, Cell
+from longctx.config import LIGHTNING, BlockRequest, Cell
 from longctx.errors import LongctxError
 
 Emit = Callable[[dict[str, Any]], None]
@@ -108,11 +108,15 @@ class Session:
             return {"peaks": dataclasses.asdict(measure_peaks(self.device, (job["dtype"],)))}
 
     def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """One cell, as `measure.measure_cell` does it."""
+        """One cell, as `measure.measure_cell` does it, or `training.cell.run_lightning_cell` in mode lightning."""
         from longctx.engine.measure import Plan, measure_cell
 
+        cell = Cell.from_json(job["cell"])
+        if cell.mode == LIGHTNING:
+            # The one look upwards: training is built on the engine, and is loaded where it is asked for.
+            from longctx.training.cell import run_lightning_cell as measure_cell
         found = measure_cell(
-            Cell.from_json(job["cell"]),
+            cell,
             Plan(**job["plan"], orders=self.orders if job.get("in_turns") else None),
             device=self.device,
             config=self.config,

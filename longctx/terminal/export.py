@@ -32,7 +32,7 @@ from longctx.terminal.findings import (
     time_word,
 )
 from longctx.terminal.format import percent, plain
-from longctx.terminal.tables import MODE_HEADS
+from longctx.terminal.tables import MODE_HEADS, lightning_of
 
 COLUMNS = (
     "block_name",
@@ -68,6 +68,8 @@ OPTIONAL = {
     "state_bytes": ("state (MiB)", 2.0**-20),
 }
 """Columns of modes that have them: field -> heading, and the factor to its unit."""
+OF_LIGHTNING = ("bare_step_s", "overhead_share")
+"""Figures of mode lightning."""
 
 
 def document(
@@ -112,8 +114,8 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     several = len(runs) > 1
-    head = [*COLUMNS, *SHAPE, "spread_within", "spread_between", "ratio_to_dense", "ratio_low", "ratio_high"]
-    head += ["gate_error", "warnings", "error"]
+    head = [*COLUMNS, *SHAPE, *OF_LIGHTNING, "spread_within", "spread_between"]
+    head += ["ratio_to_dense", "ratio_low", "ratio_high", "gate_error", "warnings", "error"]
     writer.writerow(["run", *head] if several else head)
     for label, results in runs.items():
         for result in results:
@@ -124,6 +126,7 @@ def to_csv(runs: Mapping[str, Sequence[BenchmarkResult]]) -> str:
             config = result.config if isinstance(result.config, dict) else {}
             samples = kept_samples(result)
             cells += [config.get(name) for name in SHAPE]
+            cells += [lightning_of(result, name) for name in OF_LIGHTNING]
             cells += [spread_within(samples), spread_between(samples)]
             cells += [*_ratio_fields(result, results).values(), gate.get("error")]
             cells += [" ".join(map(str, result.warnings)), error.get("message")]
@@ -201,6 +204,12 @@ def _rows_table(results: Sequence[BenchmarkResult]) -> str:
                 status,
             ]
         )
+    if any(isinstance(result.lightning, dict) for result in results):
+        head[-1:-1] = ["bare (ms)", "overhead"]
+        for cells, result in zip(rows, sorted(results, key=lambda r: r.sequence_length), strict=True):
+            share = lightning_of(result, "overhead_share")
+            bare = _figure(lightning_of(result, "bare_step_s"), 1e3)
+            cells[-1:-1] = [bare, "" if share is None else f"{share:.1%}"]
     first = 1 + len(axes)
     return markdown_table(head, rows, right=range(first, len(head) - 1))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.ranking import BASE, ratio_to
-from longctx.analysis.settings import Axis, by_mode, in_words, varying
+from longctx.analysis.settings import AXES, Axis, by_mode, in_words, varying
 from longctx.analysis.statistics import positive, spread_between, spread_within
 from longctx.analysis.summary import rankings, reason
 from longctx.results import BenchmarkResult
@@ -138,11 +138,13 @@ def _stacked(columns: Sequence[Column], width: int, *, ascii_only: bool) -> Text
 # -- tables of results ---------------------------------------------------------------------------------------------
 
 
+_LAYERS = next(axis for axis in AXES if axis.name == "layers")
 MODE_HEADS = {
     "forward": "forward: no state kept, no gradients",
     "train": "train: forward, loss and backward",
     "decode": "decode: one token after so many",
     "prefill": "prefill: forward with the state kept",
+    "lightning": "lightning: a training step in Lightning's Trainer; bare: the same step in a plain loop",
 }
 
 
@@ -158,6 +160,8 @@ def mode_tables(
         head = MODE_HEADS.get(mode, fmt.plain(mode)) if len(modes) > 1 or mode != "forward" else ""
         if not ranked and not _shows_tokens(rows):
             head = ", ".join(filter(None, [head, f"{rows[0].sequence_length:,} tokens"]))
+        if (layers := {_LAYERS.of(row) for row in rows}) != {1} and len(layers) == 1:
+            head = ", ".join(filter(None, [head, _LAYERS.text(rows[0])]))
         if head:
             text.append(f"{fmt.shorten(head, width)}\n", style="bold")
         text.append_text(results_table(rows, width, ascii_only=ascii_only, ranked=ranked))
@@ -227,6 +231,7 @@ def _figure_columns(
         *_part_columns(rows, unit),
         Column(header=f"peak {size.name}", cells=[size.text(_peak(r)) for r in rows], keep=1 if decoding else 5),
     ]
+    columns += _lightning_columns(rows, unit)
     for name in present:
         found = [ratio_to(r, everything, name) for r in rows]
         cells = [fmt.ratio(ratio.value if ratio else None) for ratio in found]
@@ -249,6 +254,22 @@ def _part_columns(rows: Sequence[BenchmarkResult], unit: fmt.Unit) -> list[Colum
     states = [r.state_bytes if r.ok and r.mode in ("decode", "prefill") else None for r in rows]
     size = fmt.column_unit(states, fmt.BYTES)
     return [*parts, Column(header=f"state {size.name}", cells=[size.text(value) for value in states], keep=6)]
+
+
+def _lightning_columns(rows: Sequence[BenchmarkResult], unit: fmt.Unit) -> list[Column]:
+    """Mode lightning: the same training step in a plain loop, and what share of its own Lightning adds to it."""
+    bare = [positive(lightning_of(row, "bare_step_s")) if row.ok else None for row in rows]
+    added = [lightning_of(row, "overhead_share") if row.ok else None for row in rows]
+    return [
+        Column(header=f"bare {unit.name}", cells=[unit.text(time) for time in bare], keep=8),
+        Column(header="overhead", cells=[fmt.NONE if share is None else f"{share:.1%}" for share in added], keep=8),
+    ]
+
+
+def lightning_of(row: BenchmarkResult, name: str) -> float | None:
+    """A figure of mode lightning; an overhead may be negative, where noise is larger."""
+    value = row.lightning.get(name) if isinstance(row.lightning, dict) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _styles(rows: Sequence[BenchmarkResult], columns: Sequence[Column]) -> dict[tuple[int, str], str]:

@@ -90,10 +90,11 @@ def test_bad_input_is_said_in_words(call, fake, words: list[str], said: str) -> 
     assert fake.calls == []
 
 
-def test_lightning_mode_refuses(call, fake) -> None:
-    result = call("sweep", "--lightning-mode")
-    assert result.exit_code == 5
-    assert "--lightning-mode is not there yet" in result.stderr
+@pytest.mark.parametrize("words", [["--mode", "decode"], ["--cuda-graph"]])
+def test_lightning_mode_refuses_what_a_trainer_cannot_do(call, fake, words) -> None:
+    result = call("sweep", "--lightning-mode", *words)
+    assert result.exit_code == 2
+    assert "hint: leave " in result.stderr
     assert fake.calls == []
 
 

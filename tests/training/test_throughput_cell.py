@@ -1,20 +1,17 @@
-"""Figures of real training steps, and a cell as Lightning runs it."""
+"""Figures of real training steps."""
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 import torch
 
-from longctx.config import BlockRequest, Cell
 from longctx.training import (
     BenchmarkCallback,
     LongContextLM,
     SyntheticTextDataModule,
     ThroughputCallback,
-    run_lightning_cell,
 )
 from longctx.training.throughput import tokens_in
 
@@ -94,29 +91,3 @@ def test_tokens_of_a_batch():
     assert tokens_in({"x": torch.zeros(2, 5, 7)}) == 10
     assert tokens_in((torch.zeros(4), torch.zeros(4))) == 4
     assert tokens_in("nothing") == 0
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_cell_as_lightning_runs_it(dtype, config, global_state):
-    block = BlockRequest.parse("DPASSM:window_size=8")
-    cell = Cell(block=block, length=24, batch_size=2, d_model=16, n_heads=2, layers=2, dtype=dtype)
-    before, events = global_state(), []
-    found = run_lightning_cell(cell.to_json(), config=config.to_json(), warmup_steps=2, steps=6, emit=events.append)
-    assert found["status"] == "ok", found["error"]
-    assert json.loads(json.dumps(found)) == found
-    assert len(found["samples"]) == len(found["bare_samples"]) == 6
-    assert found["overhead_s"] == pytest.approx(found["step_time_median_s"] - found["bare_step_time_median_s"])
-    assert found["tokens_per_s"] == pytest.approx(48 / found["step_time_median_s"])
-    assert found["last_loss"] < found["first_loss"]
-    assert found["flops"] > 0
-    assert found["path"]
-    assert [e["phase"] for e in events if e["event"] == "phase"] == ["build", "bare", "lightning", "bare"]
-    assert global_state() == before
-
-
-def test_a_cell_that_cannot_be_trained_is_told(tmp_path):
-    cell = Cell(block=BlockRequest.parse("Dense:causal=false"), length=8, d_model=16, n_heads=2)
-    found = run_lightning_cell(cell, steps=2)
-    assert found["status"] == "failed"
-    assert "causal" in found["error"]["message"]
-    assert found["samples"] == []
