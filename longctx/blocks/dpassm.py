@@ -24,8 +24,15 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.diagonal_scan import diagonal_scan, scan_dtype
+from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
+from longctx.ops.gated_mix import gated_mix
 from longctx.ops.window_attention import window_attention, window_attention_path
+
+try:
+    from longctx.ops import gated_mix_kernel as fused
+    from longctx.ops.diagonal_scan_kernel import scan_kernel
+except ImportError:  # a torch without Triton
+    fused = None
 
 
 @dataclass(eq=False)
@@ -108,26 +115,63 @@ class DPASSMBlock(PreNormBlock):
 
     def mix(self, u: Tensor, state: DPASSMState | None, keep_state: bool) -> tuple[Tensor, DPASSMState | None]:
         batch = u.shape[0]
+        if state is not None and state.s.shape[0] != batch:
+            raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {batch}")
+        grads = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
+        if not grads and self._fuses(u, state):
+            return self._mix_fused(u, state, keep_state)
         if state is None:
             state = self.init_state(batch)
-        elif state.s.shape[0] != batch:
-            raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {batch}")
         decay = torch.tanh(self.ssm_decay.to(scan_dtype(self.ssm_decay.dtype)))
-        s, s_end = diagonal_scan(self.ssm_in(u), decay, state.s)
-        recurrent = self.ssm_out(s.to(self.ssm_out.weight.dtype))
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type):
+        s, s_end = diagonal_scan(self.ssm_in(u), decay, state.s, dtype=self.ssm_out.weight.dtype)
+        recurrent = self.ssm_out(s)
+        if grads:
             attended, state = self._attend(u, state, s_end, keep_state)
-            return torch.lerp(recurrent, self.out_proj(attended), torch.sigmoid(self.gate_proj(u))), state
+            return gated_mix(self.out_proj(attended), recurrent, self.gate_proj(u)), state
         attended, state = self._attend_in_place(u, state, s_end, keep_state)
         gate = self.gate_proj(u).sigmoid_()
         return torch.lerp(recurrent, self.out_proj(attended), gate, out=gate), state
+
+    def _fuses(self, u: Tensor, state: DPASSMState | None) -> bool:
+        """Whether kernels that read all projections out of one product do this slab: not for a few tokens behind
+        keys that would have to be moved."""
+        return (
+            fused is not None
+            and fused.fits(u, self.ssm_out.weight)
+            and not torch.compiler.is_compiling()
+            and self.state_dim <= fused.MOST_STATES
+            and self.state_dim % 8 == self._kv_width % 8 == self.d_model % 8 == 0
+            and (state is None or u.shape[1] >= self.window_size or not state.kv.shape[1])
+        )
+
+    def _mix_fused(self, u: Tensor, state: DPASSMState | None, keep_state: bool) -> tuple[Tensor, DPASSMState | None]:
+        """The same without autograd. One product makes queries, keys, values, gate and what enters the recurrence,
+        behind the keys carried on; biases, sigmoid, tanh and the narrow ssm_out ride on the kernels that follow."""
+        batch, tokens, width = u.shape
+        halo, start = (0, None) if state is None else (state.kv.shape[1], state.s)
+        weight = torch.cat([self.qkv_proj.weight, self.gate_proj.weight, self.ssm_in.weight])
+        parts = [width, self._kv_width, width, self.state_dim]
+        rows = u.new_empty(batch, (halo if batch == 1 else 0) + tokens, weight.shape[0])
+        present = rows[:, rows.shape[1] - tokens :]
+        torch.mm(u.reshape(-1, width), weight.t(), out=present.view(-1, weight.shape[0]))
+        q, kv, gate, entering = present.split(parts, dim=-1)
+        if halo and batch == 1:
+            kv = rows[..., width : width + self._kv_width]
+            kv[:, :halo] = state.kv
+        elif halo:
+            kv = torch.cat([state.kv, kv], dim=1)
+        s, s_end = scan_kernel(entering, self.ssm_decay, start, dtype=u.dtype, bias=self.ssm_in.bias, tanh=True)
+        attended = self.out_proj(self._window(q, kv))
+        fused.project_and_mix(attended, gate, self.gate_proj.bias, s, self.ssm_out.weight, out=attended)
+        return attended, DPASSMState(s=s_end, kv=self._last(kv).clone()) if keep_state else None
 
     def _attend(
         self, u: Tensor, state: DPASSMState, s_end: Tensor, keep_state: bool
     ) -> tuple[Tensor, DPASSMState | None]:
         """Attention as autograd can follow it: u `[B, t, D]` -> (attended `[B, t, D]`, state)."""
         q, kv = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
-        kv = torch.cat([state.kv.to(kv.dtype), kv], dim=1)
+        if state.kv.shape[1]:
+            kv = torch.cat([state.kv.to(kv.dtype), kv], dim=1)
         attended = self._window(q, kv)
         kept = DPASSMState(s=s_end, kv=self._last(kv)) if keep_state else None
         return attended, kept
@@ -190,7 +234,9 @@ class DPASSMBlock(PreNormBlock):
         """Which implementations run on this block's device and dtype, in words."""
         weight = self.qkv_proj.weight
         attention = window_attention_path(weight.device, weight.dtype, self.head_dim)
-        return f"{attention}, chunked Toeplitz scan"
+        scan = diagonal_scan_path(weight.device, weight.dtype)
+        gate = ", fused gate" if fused is not None and fused.fits(weight) else ""
+        return f"{attention}, {scan}{gate}"
 
     @property
     def _kv_width(self) -> int:

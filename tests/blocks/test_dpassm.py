@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +215,41 @@ def test_cost_is_counted_from_the_definition(length, window):
     assert math.isclose(step.flops, 3 * (2 * weights + 4 * d * seen + 2 * n))
     read = (seen - 1) * 2 * groups * (d // heads) + n
     assert math.isclose(step.bytes, 4 * (weights + 3 * 2 * d + 3 * read))
+
+
+def test_one_product_and_fused_kernels_under_the_interpreter():
+    """As on a GPU, where Triton is installed at all; in a process of its own, as its interpreter must be told early."""
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs kernels on a CPU, is not installed")
+    code = """
+import torch
+from longctx import blocks
+from longctx.blocks import _shell, dpassm
+from longctx.ops import diagonal_scan as scan
+dpassm.fused.fits = scan.kernel.fits = lambda *tensors: True
+_shell.CPU_SLAB_TOKENS = 100
+made = []
+fused = dpassm.DPASSMBlock._mix_fused
+dpassm.DPASSMBlock._mix_fused = lambda self, u, *rest: (made.append(u.shape[1]), fused(self, u, *rest))[1]
+torch.manual_seed(0)
+for batch, groups in ((1, 4), (2, 2)):
+    block = blocks.build("DPASSM", d_model=32, n_heads=4, num_kv_heads=groups, window_size=16, state_dim=8)
+    x = torch.randn(batch, 233, 32)
+    with torch.no_grad():
+        want, s = dpassm.reference(block.double(), x.double())
+        block.float()
+        y, state = block(x)
+        assert (y - want).norm() < 1e-6 * want.norm() and (state.s - s).norm() < 1e-6 * s.norm()
+        pieces, state = [], None
+        for piece in x.split([5, 100, 7, 121], dim=1):
+            y, state = block(piece, state)
+            pieces.append(y)
+        assert (torch.cat(pieces, 1) - want).norm() < 1e-6 * want.norm()
+assert made[:4] == [100, 100, 33, 5] and 7 not in made, made
+print("ok")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr[-2000:]
 
 
 @pytest.mark.cuda

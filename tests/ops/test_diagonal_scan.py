@@ -52,6 +52,21 @@ def test_half_precision_input_is_summed_in_fp32(dtype):
     assert relative(s, want) < 1e-6
 
 
+def test_rows_in_another_precision_and_an_end_in_that_of_the_scan():
+    x, decay, initial = (t.requires_grad_() for t in case(300, dtype=torch.float32))
+    want, want_final = diagonal_scan(x, decay, initial)
+    weights = torch.randn_like(want)
+    exact = torch.autograd.grad((want * weights).sum() + want_final.sum(), (x, decay, initial))
+    s, final = diagonal_scan(x, decay, initial, dtype=torch.bfloat16)
+    grads = torch.autograd.grad((s * weights).sum() + final.sum(), (x, decay, initial))
+    assert s.dtype == torch.bfloat16 and torch.equal(s, want.bfloat16())
+    assert torch.equal(final, want_final)
+    for got, expected in zip(grads, exact, strict=True):
+        assert got.dtype == torch.float32 and relative(got, expected) < 1e-2
+    s, final = diagonal_scan(x[:, :1], decay, initial, dtype=torch.bfloat16)
+    assert s.dtype == torch.bfloat16 and final.dtype == torch.float32
+
+
 def test_zero_decay_copies_the_input():
     x, _, initial = case(200)
     s, _ = diagonal_scan(x, torch.zeros(len(DECAYS), dtype=x.dtype), initial)
@@ -165,7 +180,8 @@ def test_inference_mode_and_no_grad():
 def test_the_operator_is_registered_as_torch_expects():
     x, decay, initial = case(70)
     inputs = [t.requires_grad_() for t in (x, decay, initial)]
-    torch.library.opcheck(torch.ops.longctx.diagonal_scan.default, inputs)
+    for dtype in (torch.float64, torch.float32):
+        torch.library.opcheck(torch.ops.longctx.diagonal_scan.default, (*inputs, dtype))
 
 
 def test_work_and_memory_are_linear_in_the_length():

@@ -1,0 +1,90 @@
+"""The gate of DPASSM in one kernel against torch's operations, on a GPU and under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longctx.ops import gated_mix as module
+from longctx.ops.gated_mix import gated_mix
+
+SHAPES = [(2, 65, 40, 5), (1, 130, 150, 64), (1, 1, 8, 1), (3, 64, 128, 17)]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def case(batch, tokens, width, states, *, device, dtype):
+    """attended, gate, recurrent and s as columns of one product, the bias of the gate, the weight of ssm_out."""
+    rows = torch.randn(batch, tokens, 3 * width + states).to(device, dtype)
+    parts = rows.split([width, width, width, states], dim=-1)
+    return *parts, *(t.to(device, dtype) for t in (torch.randn(width), torch.randn(width, states)))
+
+
+def close(got, want):
+    want = want.detach().cpu()
+    return (got.detach().double().cpu() - want).norm() <= TOLERANCE[got.dtype] * want.norm()
+
+
+def check_all(device, dtypes):
+    for shape in SHAPES:
+        for dtype in dtypes:
+            check(*case(*shape, device=device, dtype=dtype))
+
+
+def check(attended, gate, recurrent, s, bias, weight):
+    exact = [t.detach().double().cpu() for t in (attended, gate, recurrent, s, bias, weight)]
+    want = torch.lerp(exact[3] @ exact[5].T, exact[0], torch.sigmoid(exact[1] + exact[4]))
+    into = attended.clone()
+    assert module.kernel.project_and_mix(into, gate, bias, s, weight, out=into) is into
+    assert close(into, want)
+    inputs = [t.detach().requires_grad_() for t in (attended, recurrent, gate)]
+    exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
+    out, want = gated_mix(*inputs), torch.lerp(exact[1], exact[0], torch.sigmoid(exact[2]))
+    assert close(out, want)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, grad)
+    for got, expected in zip(grads, torch.autograd.grad(want, exact, grad.double().cpu()), strict=True):
+        assert close(got, expected)
+
+
+def test_without_a_kernel_it_is_lerp():
+    inputs = [torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(gated_mix, inputs)
+    assert torch.equal(gated_mix(*inputs), torch.lerp(inputs[1], inputs[0], torch.sigmoid(inputs[2])))
+
+
+@pytest.mark.cuda
+def test_the_kernels_agree_with_torch():
+    check_all("cuda", TOLERANCE)
+
+
+@pytest.mark.cuda
+def test_the_operator_is_registered_as_torch_expects():
+    inputs = [torch.randn(2, 5, 40, device="cuda", requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(torch.ops.longctx.gated_mix.default, inputs)
+    with_kernel, without = [], []
+    for found, mix in ((with_kernel, gated_mix), (without, lambda a, r, g: torch.lerp(r, a, torch.sigmoid(g)))):
+        (first,) = torch.autograd.grad(mix(*inputs).square().sum(), inputs[0], create_graph=True)
+        found += torch.autograd.grad(first.square().sum(), inputs)
+    for got, want in zip(with_kernel, without, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_under_the_interpreter():
+    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+    code = """
+import torch
+import test_gated_mix as tests
+tests.module.kernel.fits = lambda *tensors: True
+tests.check_all("cpu", (torch.float32, torch.float16))
+print("ok")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr[-2000:]
