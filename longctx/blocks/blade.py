@@ -17,7 +17,7 @@ C chunk_size, N state_dim, m num_global_tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from longctx.ops.blade_chain import (
 )
 from longctx.ops.blade_graph import ChainGraphs, kernels_fit
 from longctx.ops.blade_training import whole_chunks
+from longctx.ops.decode import Decoder, Live, decode_path, step_key, step_weights, wanted
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
@@ -85,6 +86,27 @@ class BLADEState:
         )
 
 
+@dataclass(kw_only=True, eq=False)
+class BLADEStream:
+    """A state that steps go on from in place, where they are replays of a CUDA graph. start: as in `BLADEState`."""
+
+    block: BLADEBlock
+    live: Live
+    start: Tensor
+
+    @property
+    def s(self) -> Tensor:
+        """The recurrent state as if the current chunk ended here."""
+        count = self.live.count
+        return self.start.clone() if count == 0 else self.block.project_state(self.live.total() / count)
+
+    def detach(self) -> BLADEState:
+        """The same in tensors of its own."""
+        # A copy: autograd refuses to save what inference mode made.
+        start = self.start.clone()
+        return BLADEState(s=self.s, start=start, total=self.live.total(), kv=self.live.recent())
+
+
 class BLADEBlock(PreNormBlock):
     """Causal attention inside chunks of `chunk_size` tokens, joined by a recurrent state of `state_dim` channels.
 
@@ -115,6 +137,7 @@ class BLADEBlock(PreNormBlock):
         self.state_inject = nn.Linear(state_dim, d_model, **factory)
         self.state_proj = nn.Linear(d_model, state_dim, **factory)
         self._graphs = ChainGraphs()
+        self._decoder = Decoder(chunk_size, 1, num_global_tokens)
         if num_global_tokens:
             tokens = torch.empty(num_global_tokens, d_model, **factory)
             self.global_tokens = nn.Parameter(nn.init.normal_(tokens, 0.0, 0.02))
@@ -142,6 +165,8 @@ class BLADEBlock(PreNormBlock):
         Raises UsageError for an input or a state of the wrong shape.
         """
         self.check_input(x, state)
+        if isinstance(state, BLADEStream):
+            state = state.detach()
         if state is None:
             state = self.init_state(x.shape[0])
         elif state.s.shape[0] != x.shape[0]:
@@ -150,6 +175,40 @@ class BLADEBlock(PreNormBlock):
         if drops or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
+
+    def step(self, x_t: Tensor, state: BLADEState | BLADEStream) -> tuple[Tensor, BLADEState | BLADEStream]:
+        self.check_step(x_t)
+        if wanted(x_t) and not (self.training and self.dropout):
+            key = step_key(self, x_t)
+            if not (isinstance(state, BLADEStream) and state.live.key == key):
+                state = self._enter(key, x_t, state)
+            if isinstance(state, BLADEStream):
+                y_t = state.live.run(x_t)
+                if state.live.count == self.chunk_size:
+                    state.start = state.s
+                    state.live.begin(**self._injection(state.start))
+                return y_t, state
+        return self.forward(x_t, state)
+
+    def _enter(self, key: Hashable, x_t: Tensor, state: BLADEState | BLADEStream) -> BLADEState | BLADEStream:
+        """The state as one that graphs step, if they can."""
+        if isinstance(state, BLADEStream):
+            state = state.detach()
+        if x_t.shape != (state.s.shape[0], 1, self.d_model):
+            return state  # which `forward` then refuses
+        live = self._decoder.enter(key, step_weights(self, injects=True), kv=state.kv)
+        if live is None:
+            return state
+        live.begin(**self._injection(state.start), total=state.total)
+        return BLADEStream(block=self, live=live, start=state.start)
+
+    def _injection(self, s: Tensor) -> dict[str, Tensor | None]:
+        """What a chunk that begins with s `[B, N]` adds to queries and to what is attended, and its globals' keys."""
+        weights = self._chain_weights()
+        for_q, for_kv, for_attended = weights.injection(s)
+        global_kv = weights.global_kv()
+        first = None if global_kv is None else global_kv - for_kv[:, None]
+        return {"for_q": for_q, "for_attended": for_attended, "first": first}
 
     @property
     def mixer_path(self) -> str:
@@ -161,7 +220,8 @@ class BLADEBlock(PreNormBlock):
             return f"{attention}, chunk by chunk"
         kernels = "fused Triton chain" if kernels_fit(self._chain_weights()) else attention
         chunks = max(1, GPU_CHAIN_TOKENS // self.chunk_size)
-        return f"{kernels}, CUDA graphs of up to {1 << (chunks.bit_length() - 1)} chunks"
+        path = f"{kernels}, CUDA graphs of up to {1 << (chunks.bit_length() - 1)} chunks"
+        return path + decode_path(weight)
 
     # -- with autograd, autocast or dropout ---------------------------------------------------------------------------
 
@@ -345,11 +405,14 @@ class BLADEBlock(PreNormBlock):
         """The state after `tokens` more tokens of a chunk, whose y have the given mean `[B, D]`."""
         filled = state.kv.shape[1] + tokens
         total = state.total + mean * tokens if state.kv.shape[1] else mean * tokens
-        mean = (total / filled).to(self.state_proj.weight.dtype)
-        s = self.state_proj(mean).to(state.s.dtype)
+        s = self.project_state(total / filled)
         if filled == self.chunk_size:
             return self._fresh(s)
         return BLADEState(s=s, start=state.start, total=total, kv=kv, tape=tape)
+
+    def project_state(self, mean: Tensor) -> Tensor:
+        """s `[B, N]` of the mean of y over a chunk's tokens `[B, D]`, in the dtype of that mean."""
+        return self.state_proj(mean.to(self.state_proj.weight.dtype)).to(mean.dtype)
 
     def _fresh(self, s: Tensor) -> BLADEState:
         """The state at the start of a chunk."""

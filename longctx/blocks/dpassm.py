@@ -12,7 +12,7 @@ W window_size, N state_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
+from longctx.ops.decode import Decoder, Live, decode_path, step_key, step_weights, wanted
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
 from longctx.ops.window_attention import window_attention, window_attention_path
@@ -67,6 +68,25 @@ class DPASSMState:
         return DPASSMState(s=self.s.detach(), kv=self.kv.detach().clone())
 
 
+@dataclass(kw_only=True, eq=False)
+class DPASSMStream:
+    """A state that steps go on from in place, where they are replays of a CUDA graph."""
+
+    live: Live
+
+    @property
+    def s(self) -> Tensor:
+        return self.live.s()
+
+    @property
+    def kv(self) -> Tensor:
+        return self.live.recent()
+
+    def detach(self) -> DPASSMState:
+        """The same in tensors of its own."""
+        return DPASSMState(s=self.s, kv=self.kv)
+
+
 class DPASSMBlock(PreNormBlock):
     """Windowed attention and a diagonal recurrence side by side, under one gate.
 
@@ -97,6 +117,7 @@ class DPASSMBlock(PreNormBlock):
         self.ssm_decay = nn.Parameter(nn.init.uniform_(torch.empty(state_dim, **factory), -0.1, 0.1))
         self.ssm_out = nn.Linear(state_dim, d_model, bias=False, **factory)
         self.gate_proj = nn.Linear(d_model, d_model, **factory)
+        self._decoder = Decoder(window_size, 1, 0)
 
     def init_state(self, batch_size: int, s: Tensor | None = None) -> DPASSMState:
         """The state at the start of a sequence; s `[B, N]`: the recurrent state to begin from, zeros if None.
@@ -113,8 +134,31 @@ class DPASSMBlock(PreNormBlock):
         s = s.to(device=weight.device, dtype=dtype)
         return DPASSMState(s=s, kv=weight.new_zeros(batch_size, 0, self._kv_width))
 
+    def step(self, x_t: Tensor, state: DPASSMState | DPASSMStream) -> tuple[Tensor, DPASSMState | DPASSMStream]:
+        self.check_step(x_t)
+        if wanted(x_t) and not (self.training and self.dropout):
+            key = step_key(self, x_t)
+            if not (isinstance(state, DPASSMStream) and state.live.key == key):
+                state = self._enter(key, x_t, state)
+            if isinstance(state, DPASSMStream):
+                return state.live.run(x_t), state
+        return self.forward(x_t, state)
+
+    def _enter(self, key: Hashable, x_t: Tensor, state: DPASSMState | DPASSMStream) -> DPASSMState | DPASSMStream:
+        """The state as one that graphs step, if they can."""
+        if isinstance(state, DPASSMStream):
+            state = state.detach()
+        if x_t.shape != (state.s.shape[0], 1, self.d_model):
+            return state  # which `forward` then refuses
+        gate, enter = ((linear.weight, linear.bias) for linear in (self.gate_proj, self.ssm_in))
+        weights = step_weights(self, recurrence=(gate, enter, self.ssm_decay, self.ssm_out.weight))
+        live = self._decoder.enter(key, weights, kv=state.kv, s=state.s)
+        return state if live is None else DPASSMStream(live=live)
+
     def mix(self, u: Tensor, state: DPASSMState | None, keep_state: bool) -> tuple[Tensor, DPASSMState | None]:
         batch = u.shape[0]
+        if isinstance(state, DPASSMStream):
+            state = state.detach()
         if state is not None and state.s.shape[0] != batch:
             raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {batch}")
         grads = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
@@ -236,7 +280,7 @@ class DPASSMBlock(PreNormBlock):
         attention = window_attention_path(weight.device, weight.dtype, self.head_dim)
         scan = diagonal_scan_path(weight.device, weight.dtype)
         gate = ", fused gate" if fused is not None and fused.fits(weight) else ""
-        return f"{attention}, {scan}{gate}"
+        return f"{attention}, {scan}{gate}{decode_path(weight)}"
 
     @property
     def _kv_width(self) -> int:

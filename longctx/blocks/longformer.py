@@ -9,7 +9,7 @@ Letters: B batch, T tokens, D d_model, H heads, G key-value heads, K head width,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
+from longctx.ops.decode import Decoder, Live, decode_path, step_key, step_weights, wanted
 from longctx.ops.dense_attention import dense_attention
 from longctx.ops.key_values import KeyValues
 from longctx.ops.window_attention import window_attention, window_attention_path
@@ -44,6 +45,26 @@ class LongformerState:
         """The same state, cut off from the graph of the calls that made it."""
         rows = None if self.first_rows is None else self.first_rows.detach()
         return replace(self, recent=self.recent.detach(), first=self.first.detach(), first_rows=rows)
+
+
+@dataclass(kw_only=True, eq=False)
+class LongformerStream:
+    """A state that steps go on from in place, where they are replays of a CUDA graph.
+
+    seen: tokens so far. first: keys and values of the globals, `[B, g, 2, G, K]`.
+    """
+
+    live: Live
+    seen: int
+    first: Tensor
+    reach: int
+
+    def detach(self) -> LongformerState:
+        """The same in tensors of its own."""
+        rows = self.live.recent().unflatten(-1, self.first.shape[2:])
+        count = rows.shape[1]
+        recent = KeyValues(buffer=rows, reach=self.reach, lead=self.first.shape[1], end=count, alive=count)
+        return LongformerState(seen=self.seen, recent=recent, first=self.first, first_rows=None)
 
 
 class LongformerBlock(PreNormBlock):
@@ -85,11 +106,13 @@ class LongformerBlock(PreNormBlock):
         if num_global_tokens:
             rows = self.qkv_proj.out_features
             self.qkv_global_proj = nn.Linear(d_model, rows, bias=False, device=device, dtype=dtype)
+        self._decoder = Decoder(window_size, dilation, num_global_tokens)
 
     @property
     def mixer_path(self) -> str:
         weight = self.qkv_proj.weight
-        return window_attention_path(weight.device, weight.dtype, self.head_dim)
+        path = window_attention_path(weight.device, weight.dtype, self.head_dim)
+        return path + (decode_path(weight) if self.causal else "")
 
     def init_state(self, batch_size: int) -> LongformerState:
         self.check_causal("state")
@@ -103,7 +126,9 @@ class LongformerBlock(PreNormBlock):
         self, x: Tensor, state: LongformerState | None = None, *, keep_state: bool = True
     ) -> tuple[Tensor, LongformerState | None]:
         """As `PreNormBlock.forward`; the state given is left as it was, and can be continued again."""
-        if isinstance(state, LongformerState):
+        if isinstance(state, LongformerStream):
+            state = state.detach()
+        elif isinstance(state, LongformerState):
             first = state.first
             if first.is_inference() and not torch.is_inference_mode_enabled():
                 first = first.clone()  # autograd refuses to save what inference mode made
@@ -113,9 +138,36 @@ class LongformerBlock(PreNormBlock):
             state.recent = state.recent.trim()
         return y, state
 
-    def step(self, x_t: Tensor, state: LongformerState) -> tuple[Tensor, LongformerState]:
+    def step(
+        self, x_t: Tensor, state: LongformerState | LongformerStream
+    ) -> tuple[Tensor, LongformerState | LongformerStream]:
         self.check_step(x_t)
+        if wanted(x_t) and not (self.training and self.dropout):
+            key = step_key(self, x_t)
+            if not (isinstance(state, LongformerStream) and state.live.key == key):
+                state = self._enter(key, x_t, state)
+            if isinstance(state, LongformerStream):
+                state.seen += 1
+                return state.live.run(x_t), state
+        if isinstance(state, LongformerStream):
+            state = state.detach()
         return super().forward(x_t, state)
+
+    def _enter(
+        self, key: Hashable, x_t: Tensor, state: LongformerState | LongformerStream
+    ) -> LongformerState | LongformerStream:
+        """The state as one that graphs step, if they can: not before all globals have passed."""
+        if isinstance(state, LongformerStream):
+            state = state.detach()
+        shape = (state.first.shape[0], 1, self.d_model)
+        if state.first.shape[1] < self.num_global_tokens or x_t.shape != shape:
+            return state
+        recent = state.recent
+        kv = recent.buffer[:, recent.end - recent.alive : recent.end].flatten(2)
+        live = self._decoder.enter(key, step_weights(self), kv=kv, first=state.first.flatten(2))
+        if live is None:
+            return state
+        return LongformerStream(live=live, seen=state.seen, first=state.first, reach=recent.reach)
 
     def mix(self, u: Tensor, state: LongformerState | None, keep_state: bool) -> tuple[Tensor, LongformerState | None]:
         mixed = self._mix_causal(u, state, keep_state) if self.causal else (self._mix_both_ways(u), None)

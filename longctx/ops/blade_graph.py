@@ -8,7 +8,6 @@ Letters: B batch, C tokens of a chunk, D d_model, N state_dim, E = D + 2GK.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections import OrderedDict
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops.blade_chain import ChainWeights, chain, sum_dtype
+from longctx.ops.cuda_graphs import capture
 
 try:
     from longctx.ops import blade_kernels as kernels
@@ -99,7 +99,7 @@ class ChainGraphs:
         found = self._graphs.get(key)
         if found is None:
             self._drop_stale(key)
-            found = self._graphs[key] = _Graph(replay=_capture(body, key[0]), slab=slab)
+            found = self._graphs[key] = _Graph(replay=capture(body, key[0]), slab=slab)
             while len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
@@ -166,23 +166,6 @@ def _new_slab(weights: ChainWeights, count: int, batch: int, chunk: int) -> Slab
         hidden=like.new_empty(count, batch * chunk, weights.up[0].shape[0]),
         s=like.new_zeros(batch, weights.inject[0].shape[1], dtype=sum_dtype(like.dtype)),
     )
-
-
-def _capture(body: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    with torch.inference_mode():
-        # Once for real: kernels are compiled and libraries make their handles, which a capture does not allow.
-        body()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may allocate meanwhile.
-        with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
-            body()
-    return graph.replay
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all: cuBLAS keeps a workspace of tens of MiB for every stream that it has seen.
-    return torch.cuda.Stream(device)
 
 
 def _fp32_products() -> Any:

@@ -1,0 +1,26 @@
+"""Capture of CUDA graphs beside other work of the process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def capture(body: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Run `body`, whose work is on `device`, once; then capture it, and return what replays it."""
+    with torch.inference_mode():
+        # Once for real: kernels are compiled and libraries make their handles, which a capture does not allow.
+        body()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
+            body()
+    return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all: cuBLAS keeps a workspace of tens of MiB for every stream that it has seen.
+    return torch.cuda.Stream(device)
