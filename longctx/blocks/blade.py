@@ -40,7 +40,7 @@ from longctx.ops.blade_chain import (
 )
 from longctx.ops.blade_graph import ChainGraphs, kernels_fit
 from longctx.ops.blade_training import whole_chunks
-from longctx.ops.decode import Decoder, Live, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
@@ -87,8 +87,8 @@ class BLADEState:
 
 
 @dataclass(kw_only=True, eq=False)
-class BLADEStream:
-    """A state that steps go on from in place, where they are replays of a CUDA graph. start: as in `BLADEState`."""
+class BLADEStream(Stream):
+    """What a stream carries on where steps are replays of a CUDA graph. start: as in `BLADEState`."""
 
     block: BLADEBlock
     live: Live
@@ -101,7 +101,6 @@ class BLADEStream:
         return self.start.clone() if count == 0 else self.block.project_state(self.live.total() / count)
 
     def detach(self) -> BLADEState:
-        """The same in tensors of its own."""
         # A copy: autograd refuses to save what inference mode made.
         start = self.start.clone()
         return BLADEState(s=self.s, start=start, total=self.live.total(), kv=self.live.recent())

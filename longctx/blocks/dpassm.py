@@ -24,7 +24,7 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.decode import Decoder, Live, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
 from longctx.ops.window_attention import window_attention, window_attention_path
@@ -69,8 +69,8 @@ class DPASSMState:
 
 
 @dataclass(kw_only=True, eq=False)
-class DPASSMStream:
-    """A state that steps go on from in place, where they are replays of a CUDA graph."""
+class DPASSMStream(Stream):
+    """What a stream carries on where steps are replays of a CUDA graph."""
 
     live: Live
 
@@ -83,7 +83,6 @@ class DPASSMStream:
         return self.live.recent()
 
     def detach(self) -> DPASSMState:
-        """The same in tensors of its own."""
         return DPASSMState(s=self.s, kv=self.kv)
 
 

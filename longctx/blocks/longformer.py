@@ -21,7 +21,7 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.decode import Decoder, Live, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.dense_attention import dense_attention
 from longctx.ops.key_values import KeyValues
 from longctx.ops.window_attention import window_attention, window_attention_path
@@ -48,8 +48,8 @@ class LongformerState:
 
 
 @dataclass(kw_only=True, eq=False)
-class LongformerStream:
-    """A state that steps go on from in place, where they are replays of a CUDA graph.
+class LongformerStream(Stream):
+    """What a stream carries on where steps are replays of a CUDA graph.
 
     seen: tokens so far. first: keys and values of the globals, `[B, g, 2, G, K]`.
     """
@@ -60,7 +60,6 @@ class LongformerStream:
     reach: int
 
     def detach(self) -> LongformerState:
-        """The same in tensors of its own."""
         rows = self.live.recent().unflatten(-1, self.first.shape[2:])
         count = rows.shape[1]
         recent = KeyValues(buffer=rows, reach=self.reach, lead=self.first.shape[1], end=count, alive=count)

@@ -148,6 +148,21 @@ class Live:
         self.key = self._slot = None
 
 
+class Stream:
+    """A state that steps go on from in place. Its copies and pickles are states in tensors of their own."""
+
+    def detach(self) -> Any:
+        """The same in tensors of its own, cut off from all that comes."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _itself, (self.detach(),)
+
+
+def _itself(state: Any) -> Any:
+    return state
+
+
 class Decoder:
     """The slots of one block with window W and dilation d, `lead` tokens being seen by all later ones.
 

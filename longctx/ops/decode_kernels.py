@@ -31,6 +31,8 @@ TILE = 4096
 """Elements of a matrix that a program holds."""
 KEYS = 64
 MOST_PARTIALS = 8
+MOST_SIDE = 8
+"""Tokens of a batch that go side by side: the same weights are then read from the L2 cache."""
 WIDEST = 8192
 
 
@@ -156,10 +158,11 @@ def step(weights: StepWeights, buffers: StepBuffers, *, window: int, dilation: i
     few = max(1, lines // 2)  # of the narrowest product, so that it is shared by enough programs
     wide_block = triton.next_power_of_2(wide)
     wide_lines = max(1, TILE // wide_block)
+    side = min(batch, MOST_SIDE)
     # On a CPU under Triton's interpreter, which tests use.
     with torch.cuda.device(buffers.x.device) if buffers.x.is_cuda else contextlib.nullcontext():
         parts = triton.cdiv(rows, lines) + (triton.cdiv(width, lines) + triton.cdiv(states, lines) if dual else 0)
-        _project[(parts,)](
+        _project[(parts, side)](
             buffers.x, *weights.attn_norm[:2], weights.qkv, *gate, *enter, decay,
             buffers.q, buffers.kv, buffers.gate, buffers.s, buffers.position, buffers.for_q,
             batch, weights.attn_norm[2], rows, states, lead, ring,
@@ -170,17 +173,17 @@ def step(weights: StepWeights, buffers: StepBuffers, *, window: int, dilation: i
             window, dilation, lead, ring, rows - width, group, head**-0.5 * LOG2_E,
             K=head, PAD=triton.next_power_of_2(head), KEYS=KEYS, TILES=tiles, num_warps=4,
         )  # fmt: skip
-        _combine[(triton.cdiv(width, few),)](
+        _combine[(triton.cdiv(width, few), side)](
             buffers.partials, buffers.maxima, *weights.out, buffers.x, buffers.gate, buffers.s, leave,
             buffers.for_attended, buffers.residual, batch, states, partials,
             D=width, BLOCK=block, ROWS=few, HEADS=weights.n_heads, K=head, PARTIALS=triton.next_power_of_2(partials),
             STATES=triton.next_power_of_2(max(states, 1)), DUAL=dual, INJECTS=weights.injects, num_warps=4,
         )  # fmt: skip
-        _expand[(triton.cdiv(wide, lines),)](
+        _expand[(triton.cdiv(wide, lines), side)](
             buffers.residual, *weights.ffn_norm[:2], *weights.up, buffers.hidden, batch, weights.ffn_norm[2], wide,
             D=width, BLOCK=block, ROWS=lines, num_warps=4,
         )  # fmt: skip
-        _contract[(triton.cdiv(width, wide_lines),)](
+        _contract[(triton.cdiv(width, wide_lines), side)](
             buffers.hidden, *weights.down, buffers.residual, buffers.y, buffers.total, buffers.position, batch, width,
             WIDE=wide, BLOCK=wide_block, ROWS=wide_lines, INJECTS=weights.injects, num_warps=4,
         )  # fmt: skip
@@ -230,7 +233,7 @@ def _project(
     g = tl.load(gain + cols, mask=inside, other=0.0).to(tl.float32)
     o = tl.load(offset + cols, mask=inside, other=0.0).to(tl.float32)
     slot = lead + tl.load(position) % ring  # 64 bits wide, as the offsets that it is in
-    for item in range(batch):
+    for item in range(tl.program_id(1), batch, tl.num_programs(1)):
         row = tl.load(x + item * D + cols, mask=inside, other=0.0).to(tl.float32)
         u = _norm(row, g, o, inside, eps, D).to(x.dtype.element_ty).to(tl.float32)
         y = tl.sum(w * u[None, :], 1)
@@ -311,7 +314,7 @@ def _combine(
         c = c.to(tl.float32)
     pieces = tl.arange(0, PARTIALS)
     mask = (pieces < parts)[:, None] & inside[None, :]
-    for item in range(batch):
+    for item in range(tl.program_id(1), batch, tl.num_programs(1)):
         place = item * parts + pieces
         spot = maxima + (place[:, None] * HEADS + cols[None, :] // K) * 2
         tops = tl.load(spot, mask=mask, other=float("-inf"))
@@ -346,7 +349,7 @@ def _expand(
     o = tl.load(offset + cols, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + lines, mask=there, other=0.0).to(tl.float32)
     kind = residual.dtype.element_ty
-    for item in range(batch):
+    for item in range(tl.program_id(1), batch, tl.num_programs(1)):
         row = tl.load(residual + item * D + cols, mask=inside, other=0.0).to(tl.float32)
         u = _norm(row, g, o, inside, eps, D).to(kind).to(tl.float32)
         y = tl.sum(w * u[None, :], 1) + b
@@ -366,7 +369,7 @@ def _contract(
     w = tl.load(weight + lines[:, None] * WIDE + cols[None, :], mask=there[:, None] & inside[None, :], other=0.0)
     w = w.to(tl.float32)
     b = tl.load(bias + lines, mask=there, other=0.0).to(tl.float32)
-    for item in range(batch):
+    for item in range(tl.program_id(1), batch, tl.num_programs(1)):
         row = tl.load(hidden + item * WIDE + cols, mask=inside, other=0.0).to(tl.float32)
         out = tl.sum(w * row[None, :], 1) + b
         out += tl.load(residual + item * width + lines, mask=there, other=0.0).to(tl.float32)
@@ -374,6 +377,6 @@ def _contract(
         if INJECTS:
             at = total + item * width + lines
             tl.store(at, tl.load(at, mask=there, other=0.0) + out, mask=there)
-    if tl.program_id(0) == 0:
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         # No other program of this kernel reads it.
         tl.store(position, tl.load(position) + 1)

@@ -68,8 +68,10 @@ def check(name, options, *, start, length=40, **more):
         y, state = steps(block, x[:, start : start + length], state)
         assert type(state).__name__ == f"{name}Stream"
         rest, _ = block(x[:, start + length :], state)
-        again, _ = block(x[:, start + length :], state.detach())
-    assert torch.equal(rest, again)
+        for other in (state.detach(), copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+            assert type(other).__name__ == f"{name}State"
+            again, _ = block(x[:, start + length :], other)
+            assert torch.equal(rest, again)
     return relative(torch.cat([y, rest], 1), want[:, start:])
 
 
@@ -102,7 +104,7 @@ def test_steps_agree_with_forward(name, options, dtype):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["DPASSM", "BLADE", "Longformer"])
-@pytest.mark.parametrize(("batch", "d_model"), [(1, 512), (5, 96)])
+@pytest.mark.parametrize(("batch", "d_model"), [(1, 512), (5, 96), (19, 64)])
 def test_steps_at_other_sizes(name, batch, d_model):
     block, x = make(name, {}, d_model=d_model, **GPU), tokens(650, batch=batch, d_model=d_model, **GPU)
     with torch.inference_mode():
