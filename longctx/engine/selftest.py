@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,9 +33,10 @@ GRADIENT_LENGTH = 549
 SPLITS = (1, 510, 519, 31)
 STEPS = 24
 GRADIENT_TOLERANCES = {"fp64": 1e-7, "fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-DELAYS_S = (0.050, 0.100, 0.200)
-TIMER_LIMIT = 0.02
-ALLOCATIONS_MIB = (16, 256)
+DELAYS_S = (0.050, 0.100, 0.200, 0.400)
+TIMER_LIMIT = 0.01
+ALLOCATIONS_MIB = ((1, 16), (1, 256), (12, 5))
+"""So many blocks of so many MiB, held together."""
 MEMORY_LIMIT_MIB = 2.0
 
 
@@ -173,14 +175,18 @@ def _stepped(block: LoadedBlock, x: Tensor) -> Tensor:
 
 
 def check_timer(device: torch.device) -> Iterator[Check]:
-    """What the timer reads of known delays: sleeps on a CPU, a kernel that counts clock cycles on a GPU."""
+    """What the timer reads of known delays, sleeps on a CPU, a kernel that counts clock cycles on a GPU; and of a chip
+    that says it is slowed down all the time."""
     from longctx.engine.timing import time_call
 
     for delay_s in DELAYS_S:
-        known_s, wait = (
-            _gpu_delay(delay_s, device) if device.type == "cuda" else (delay_s, partial(time.sleep, delay_s))
-        )
-        read_s = time_call(wait, device=device, plan=_TimerPlan()).median
+        if device.type == "cuda":
+            known_s, wait = _gpu_delay(delay_s, device)
+            read_s = time_call(wait, device=device, plan=_TimerPlan()).median
+        else:
+            slept: list[float] = []
+            timing = time_call(partial(_sleep, delay_s, slept), device=device, plan=_TimerPlan())
+            read_s, known_s = timing.median, statistics.median(slept[-len(timing.samples) :])
         error = abs(read_s / known_s - 1)
         note = f"read {read_s * 1e3:.2f} ms of {known_s * 1e3:.2f} ms"
         name = f"delay of {delay_s * 1e3:.0f} ms"
@@ -188,6 +194,30 @@ def check_timer(device: torch.device) -> Iterator[Check]:
         yield Check(
             part="timer", name=name, passed=passed, figure=100 * error, limit=100 * TIMER_LIMIT, unit="%", note=note
         )
+    yield _check_throttled(device)
+
+
+def _check_throttled(device: torch.device) -> Check:
+    """A chip that never cools down: the wait for it must end, and the number must be there and marked."""
+    from unittest import mock
+
+    from longctx.engine import timing
+
+    paused: list[float] = []
+    hot = mock.patch.object(timing, "nvml_snapshot", lambda device: {"throttled": True})
+    pause = mock.patch.object(timing, "cool_down", paused.append)
+    with hot, pause:
+        read = timing.time_call(partial(time.sleep, 0.001), device=device, plan=_TimerPlan())
+    note = f"{len(read.samples)} samples, {', '.join(read.warnings)}, after {sum(paused):g} s of waiting"
+    passed = bool(read.samples) and "throttled" in read.warnings and 0 < sum(paused) <= 10
+    return Check(part="timer", name="throttling is marked", passed=passed, note=note)
+
+
+def _sleep(delay_s: float, slept: list[float]) -> None:
+    """Sleep, and note how long it was by a clock of its own: on a busy machine nobody is woken on time."""
+    start = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    time.sleep(delay_s)
+    slept.append((time.clock_gettime_ns(time.CLOCK_MONOTONIC) - start) * 1e-9)
 
 
 def _gpu_delay(delay_s: float, device: torch.device) -> tuple[float, Callable[[], None]]:
@@ -217,14 +247,16 @@ def check_memory(device: torch.device) -> Iterator[Check]:
 
     held = torch.ones(1, device=device)
 
-    def call(mebibytes: int) -> torch.Tensor:
+    def call(count: int, mebibytes: int) -> torch.Tensor:
         # Every page is written: memory that is never touched does not exist.
-        return torch.ones(mebibytes << 20, dtype=torch.uint8, device=device)[:1].clone()
+        blocks = [torch.ones(mebibytes << 20, dtype=torch.uint8, device=device) for _ in range(count)]
+        return blocks[0][:1].clone()
 
-    for expected in ALLOCATIONS_MIB:
-        name = f"allocation of {expected} MiB"
+    for count, mebibytes in ALLOCATIONS_MIB:
+        expected = count * mebibytes
+        name = f"allocation of {expected} MiB" if count == 1 else f"{count} allocations of {mebibytes} MiB"
         module = torch.nn.Identity()
-        reading = measure_memory(partial(call, expected), device=device, module=module, inputs=[held])
+        reading = measure_memory(partial(call, count, mebibytes), device=device, module=module, inputs=[held])
         if reading.peak_bytes is None:
             yield Check(part="memory", name=name, passed=False, note=reading.reason or "no reading")
             continue

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter, perf_counter_ns, process_time
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +55,7 @@ BATCH_S = 0.25
 
 FLUSH_BYTES = 256 << 20
 ESCAPE_SHARE, ESCAPE_S = 0.2, 100e-6
+CPU_ESCAPE_S, MAX_REST_S = 5e-3, 0.1
 LAUNCH_SHARE = 0.8
 
 
@@ -79,7 +81,7 @@ class Timing:
     warnings: list[str] = field(default_factory=list)
     """Of unstable, launch_bound, contended, throttled."""
     device_sync_mismatch: str | None = None
-    """In words, when work went on after the stream had finished: then the samples are not the whole of it."""
+    """In words, when work went on after the call had ended: then the samples are not the whole of it."""
     contention: dict[str, Any] | None = None
 
     @property
@@ -153,9 +155,14 @@ def _cooled(device: torch.device) -> dict[str, Any] | None:
     for pause_s in COOL_DOWN_S:
         if not (snapshot and snapshot.get("throttled")):
             break
-        time.sleep(pause_s)
+        cool_down(pause_s)
         snapshot = nvml_snapshot(device)
     return snapshot
+
+
+def cool_down(seconds: float) -> None:
+    """Leave the chip alone."""
+    time.sleep(seconds)
 
 
 def _warnings(timing: Timing, kind: str, gpu: list[dict[str, Any] | None]) -> list[str]:
@@ -177,7 +184,7 @@ def _warnings(timing: Timing, kind: str, gpu: list[dict[str, Any] | None]) -> li
 
 def _warm_up(clock: _Clock, plan: SamplingPlan, *, warmed: int, call_s: float | None) -> tuple[int, float]:
     """Call until times are steady. Returns (warm-up calls in all, seconds a call takes)."""
-    kind, times, start = clock.kind, [], time.perf_counter()
+    kind, times, start = clock.kind, [], perf_counter()
     least = max(plan.warmup_runs, MIN_WARM_CALLS[kind])
     least_slow = max(plan.warmup_runs, 1)
     if call_s is not None and call_s >= SLOW_WARM_S and warmed >= least_slow:
@@ -185,7 +192,7 @@ def _warm_up(clock: _Clock, plan: SamplingPlan, *, warmed: int, call_s: float | 
     while True:
         slow = (times[-1] if times else call_s or 0.0) > 0.2
         times += clock.take(count=1 if slow else WINDOW, calls=1)
-        elapsed, done = time.perf_counter() - start, warmed + len(times)
+        elapsed, done = perf_counter() - start, warmed + len(times)
         steady = elapsed >= MIN_WARM_S[kind] and done >= least and _is_steady(times, STEADY[kind])
         late = elapsed >= MAX_WARM_S[kind] and done >= least_slow
         if steady or late:
@@ -213,11 +220,11 @@ def _sample(clock: _Clock, plan: SamplingPlan, emit: Emit, *, call_s: float, cal
     sample_s = call_s * calls_per_sample
     batch = clock.batch_size(sample_s)
     samples: list[float] = []
-    start, told = time.perf_counter(), 0.0
+    start, told = perf_counter(), 0.0
     while True:
         target = least if len(samples) < least else most
         samples += clock.take(count=min(batch, target - len(samples)), calls=calls_per_sample)
-        now = time.perf_counter()
+        now = perf_counter()
         finished = len(samples) >= most or (
             len(samples) >= least and (now - start >= budget or (relative_half_width(samples) or 1.0) <= GOAL)
         )
@@ -258,7 +265,7 @@ class _Calls:
 
     def __init__(self, fn: Callable[..., Any], inputs: Sequence[Any], before_sample: Callable[[], None] | None) -> None:
         self.fn, self.inputs, self.before_sample = fn, list(inputs), before_sample
-        self.turn = 0
+        self.turn = self.samples = 0
 
     def next(self) -> Any:
         if not self.inputs:
@@ -267,8 +274,18 @@ class _Calls:
         return self.fn(self.inputs[self.turn % len(self.inputs)])
 
     def prepare(self) -> None:
+        """What comes before a sample: the caller's part, and other values in the tensors that go round.
+
+        A block that keeps what it once found for a tensor, or for what a tensor holds, would else be timed looking it
+        up. One number of each changes its sign.
+        """
         if self.before_sample is not None:
             self.before_sample()
+        with torch.no_grad():
+            for x in self.inputs:
+                if isinstance(x, torch.Tensor) and x.numel():
+                    x.view(-1)[self.samples % x.numel()].neg_()
+        self.samples += 1
 
 
 class _Clock(Protocol):
@@ -291,6 +308,9 @@ class _CpuClock:
         self.calls = calls
 
     def __enter__(self) -> _CpuClock:
+        # Threads of the maths library may spin for a while after work that is known to be over.
+        known = torch.ones(1 << 18)
+        self.quiet_s = min(self._rest(known.sum, 0.0) for _ in range(3))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -303,10 +323,10 @@ class _CpuClock:
         samples = []
         for _ in range(count):
             self.calls.prepare()
-            start = time.perf_counter_ns()
+            start = perf_counter_ns()
             for _ in range(calls):
                 y = self.calls.next()
-            end = time.perf_counter_ns()
+            end = perf_counter_ns()
             del y
             samples.append(max(end - start, 1) * 1e-9 / calls)
         return samples
@@ -315,7 +335,25 @@ class _CpuClock:
         return 1
 
     def escaped(self, call_s: float) -> str | None:
-        return None
+        """Is this process still at work when a call has returned?"""
+        tries = 1 if call_s > SLOW_S else 3
+        rest = min(self._rest(self.calls.next, call_s) for _ in range(tries)) - self.quiet_s
+        if rest <= max(CPU_ESCAPE_S, ESCAPE_SHARE * min(call_s, MAX_REST_S)):
+            return None
+        return (
+            f"the process went on working for {rest * 1e3:.3g} ms of processor time after a call of "
+            f"{call_s * 1e3:.3g} ms had returned: part of the work runs in another thread and was not timed"
+        )
+
+    def _rest(self, function: Callable[[], Any], call_s: float) -> float:
+        """Seconds of processor time that are used while this thread sleeps after a call."""
+        self.calls.prepare()
+        y = function()
+        began = process_time()
+        time.sleep(min(max(2 * call_s, 0.02), MAX_REST_S))
+        used = process_time() - began
+        del y
+        return used
 
 
 class _CudaClock:
@@ -348,10 +386,10 @@ class _CudaClock:
         torch.cuda.synchronize(self.device)
         self.calls.prepare()
         torch.cuda.synchronize(self.device)
-        start = time.perf_counter_ns()
+        start = perf_counter_ns()
         y = self.calls.next()
         torch.cuda.synchronize(self.device)
-        end = time.perf_counter_ns()
+        end = perf_counter_ns()
         del y
         return (end - start) * 1e-9
 
@@ -388,15 +426,15 @@ class _CudaClock:
             torch.cuda.synchronize(self.device)
             if call_s <= SHORT_CALL_S and self.calls.before_sample is None:
                 self.calls.next()
-            began = time.perf_counter_ns()
+            began = perf_counter_ns()
             self.calls.next()
-            self.host_times.append((time.perf_counter_ns() - began) * 1e-9)
+            self.host_times.append((perf_counter_ns() - began) * 1e-9)
             end = torch.cuda.Event()
             end.record(self.stream)
             end.synchronize()
-            began = time.perf_counter_ns()
+            began = perf_counter_ns()
             torch.cuda.synchronize(self.device)
-            rests.append((time.perf_counter_ns() - began) * 1e-9)
+            rests.append((perf_counter_ns() - began) * 1e-9)
         rest = min(rests)
         if rest <= max(ESCAPE_S, ESCAPE_SHARE * call_s):
             return None

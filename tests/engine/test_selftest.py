@@ -101,22 +101,37 @@ def test_what_is_wrong_with_a_block_is_found(block_file):
 def test_a_timer_that_is_off_by_three_percent_is_found(monkeypatch):
     honest = [0.050, 0.100, 0.200]
     monkeypatch.setattr(selftest, "DELAYS_S", honest)
-    for factor, passed in ((1.03, False), (1.01, True)):
-        readings = iter(honest)
-        monkeypatch.setattr(timing, "time_call", lambda *a, **k: SimpleNamespace(median=next(readings) * factor))  # noqa: B023
-        assert [check.passed for check in selftest.run_part("timer", device=CPU, dtype="fp32")] == [passed] * 3
+    monkeypatch.setattr(selftest, "_check_throttled", lambda device: selftest.Check(part="timer", name="", passed=True))
+
+    def reading(factor):
+        def time_call(wait, **how):
+            wait()
+            return SimpleNamespace(median=wait.args[1][-1] * factor, samples=[0.0])
+
+        return time_call
+
+    for factor, passed in ((1.03, False), (1.005, True)):
+        monkeypatch.setattr(timing, "time_call", reading(factor))
+        *delays, _ = selftest.run_part("timer", device=CPU, dtype="fp32")
+        assert [check.passed for check in delays] == [passed] * 3
 
 
-def test_the_timer_reads_a_known_delay(monkeypatch):
+def test_the_timer_reads_a_known_delay_and_marks_a_chip_that_stays_hot(monkeypatch):
     monkeypatch.setattr(selftest, "DELAYS_S", (0.050,))
-    (check,) = selftest.run_part("timer", device=CPU, dtype="fp32")
-    assert 0 < check.figure < 20 and "of 50.00 ms" in check.note
+    delay, hot = selftest.run_part("timer", device=CPU, dtype="fp32")
+    assert delay.passed and delay.figure < 1.0
+    assert hot.passed and "throttled" in hot.note
+
+
+def test_a_chip_that_is_hot_and_not_marked_is_found(monkeypatch):
+    monkeypatch.setattr(timing, "_warnings", lambda *a: [])
+    assert not selftest._check_throttled(CPU).passed
 
 
 def test_memory_that_cannot_be_read_is_a_failure(monkeypatch):
     monkeypatch.setattr(memory, "measure_memory", lambda *a, **k: memory.MemoryReading(reason="no /proc"))
     checks = list(selftest.run_part("memory", device=CPU, dtype="fp32"))
-    assert [(check.passed, check.note) for check in checks] == [(False, "no /proc")] * 2
+    assert [(check.passed, check.note) for check in checks] == [(False, "no /proc")] * 3
 
 
 def test_a_memory_reading_three_mebibytes_off_is_found(monkeypatch):

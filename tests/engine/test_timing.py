@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from types import SimpleNamespace
 
@@ -142,3 +143,49 @@ def test_work_on_another_stream_is_noticed():
             torch.cuda._sleep(5_000_000)
 
     assert time_call(fn, device=device, plan=plan(runs=20)).device_sync_mismatch
+
+
+def test_a_block_cannot_turn_the_clock_back(brief_warmup, monkeypatch):
+    real = time.perf_counter_ns
+
+    def turned(x):
+        monkeypatch.setattr(time, "perf_counter_ns", lambda: real() // 10)
+        monkeypatch.setattr(time, "perf_counter", lambda: real() * 1e-10)
+        time.sleep(0.02)
+
+    found = time_call(turned, device=CPU, plan=plan(runs=3, exact=True), inputs=[torch.zeros(1)])
+    assert found.median >= 0.02
+
+
+def test_values_change_between_samples_so_that_nothing_can_be_looked_up(brief_warmup):
+    seen = []
+    inputs = [torch.ones(4, 8), torch.ones(4, 8)]
+    time_call(
+        lambda x: (seen.append((x.data_ptr(), x.sum().item())), time.sleep(0.011)),
+        device=CPU,
+        plan=plan(runs=4, exact=True),
+        inputs=inputs,
+    )
+    assert len(set(seen)) == len(seen)
+
+
+def test_work_that_goes_on_in_another_thread_is_noticed(brief_warmup):
+    def work():
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            torch.ones(64, 64).sum()
+
+    running = []
+
+    def hands_on():
+        time.sleep(0.011)
+        running.append(threading.Thread(target=work))
+        running[-1].start()
+
+    thrice = plan(runs=3, exact=True)
+    found = time_call(hands_on, device=CPU, plan=thrice)
+    for thread in running:
+        thread.join()
+    assert "another thread" in found.device_sync_mismatch
+    honest = time_call(lambda: torch.ones(1500, 1500) @ torch.ones(1500, 1500), device=CPU, plan=thrice)
+    assert honest.device_sync_mismatch is None
