@@ -40,7 +40,10 @@ class Axis:
     def text(self, thing: BenchmarkResult | Cell) -> str:
         """Its value in a sentence: `batch 4`."""
         value = self.of(thing)
-        return f"{self.header} not recorded" if value is None else self.words.format(value)
+        if value is None:
+            return f"{self.header} not recorded"
+        said = self.words.format(value)
+        return said.removesuffix("s") if value == 1 else said
 
 
 def _of_row(row: BenchmarkResult, config: dict[str, Any], name: str) -> Any:

@@ -18,6 +18,7 @@ def quick(
     d_model: options.DModels = None,
     n_heads: options.NHeads = None,
     num_kv_heads: options.NumKvHeads = None,
+    layers: options.Layers = None,
     device: options.Device = "auto",
     dtype: options.DTypes = None,
     mode: options.Modes = None,
@@ -57,7 +58,13 @@ def quick(
     from longctx.config import BenchmarkConfig, command_line, parse_blocks
 
     given, vary = options.axes(
-        batch_size=batch_size, d_model=d_model, n_heads=n_heads, num_kv_heads=num_kv_heads, dtype=dtype, mode=mode
+        batch_size=batch_size,
+        d_model=d_model,
+        n_heads=n_heads,
+        num_kv_heads=num_kv_heads,
+        layers=layers,
+        dtype=dtype,
+        mode=mode,
     )
     names = [str(request) for request in parse_blocks(blocks or [])]
     common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5, "energy": False}

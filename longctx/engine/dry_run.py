@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longctx.config import BenchmarkConfig, Cell
+from longctx.config import LIGHTNING, BenchmarkConfig, Cell
 from longctx.engine.machine import predict_memory_bytes
 from longctx.engine.peaks import Peaks, load_peaks, peaks_key
 from longctx.engine.process import Refused, WorkerLost
@@ -77,9 +78,11 @@ class _DryRun(Sweep):
             return PlannedCell(cell=cell, verdict=lost.status, reason=f"while it was loaded: {lost.message}")
         if row is not None and not self._is_missing(row):
             return PlannedCell(cell=cell, verdict="kept", reason=f"{row.status} in the results file")
-        if cell.mode not in identity["modes"]:
+        # Lightning trains a model that has more than these blocks: theirs is the least that it can take.
+        step = dataclasses.replace(cell, mode="train") if cell.mode == LIGHTNING else cell
+        if step.mode not in identity["modes"]:
             return PlannedCell(cell=cell, verdict="unsupported", reason=f"it has {', '.join(identity['modes'])}")
-        cost, failure = self._cost(cell)
+        cost, failure = self._cost(step)
         memory = predict_memory_bytes(cell, identity["options"])
         if cost and cell.mode in STREAMED:
             memory += cost["state_bytes"]

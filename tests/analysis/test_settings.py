@@ -41,7 +41,7 @@ def run(axis, values, *, lengths=(1024, 2048, 4096)):
         ("batch_size", [1, 16], ["batch 1", "batch 16"]),
         ("d_model", [64, 128], ["width 64", "width 128"]),
         ("n_heads", [4, 8], ["4 heads", "8 heads"]),
-        ("layers", [1, 3], ["1 layers", "3 layers"]),
+        ("layers", [1, 3], ["1 layer", "3 layers"]),
     ],
 )
 def test_no_axis_is_mixed(axis, values, words):

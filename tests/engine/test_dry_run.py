@@ -103,6 +103,14 @@ def test_rows_that_resume_would_keep_are_named(tmp_path):
     assert (tmp_path / "out" / "run.json").read_text() == before
 
 
+def test_layers_and_lightning_cost_what_their_blocks_do(tmp_path, peaks):
+    train, both = (plan_sweep(["Identity"], config_of(tmp_path, mode="train", layers=n)).cells[0] for n in (1, 2))
+    assert both.flops == 2 * train.flops
+    assert both.least_memory_bytes > train.least_memory_bytes
+    lightning = plan_sweep(["Identity"], config_of(tmp_path, lightning_mode=True)).cells[0]
+    assert (lightning.verdict, lightning.flops) == ("run", train.flops)
+
+
 def test_a_block_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UsageError, match="BLADE"):
         plan_sweep(["BLAED"], config_of(tmp_path))
