@@ -119,7 +119,9 @@ def test_no_table_line_is_wider_than_the_screen(call, fake, command: str, width:
 
 @pytest.mark.parametrize("command", ["sweep", "quick"])
 def test_several_modes_and_shapes_reach_the_engine_and_the_command(call, fake, command: str) -> None:
-    words = "--mode forward,train decode --batch-size 1 4 --dtype fp32 --d-model 64 --n-heads 4 8 --blocks BLADE"
+    words = (
+        "--mode forward,train decode --batch-size 1 4 --dtype fp32 --d-model 64 --n-heads 4 8 --blocks BLADE --layers 2"
+    )
     assert call(command, *words.split()).exit_code == 0
     _, config, line = fake.calls[0]
     assert fake.vary == {"batch_size": [1, 4], "n_heads": [4, 8], "mode": ["forward", "train", "decode"]}
@@ -130,6 +132,7 @@ def test_several_modes_and_shapes_reach_the_engine_and_the_command(call, fake, c
         "fp32",
         64,
     )
+    assert config.layers == 2
     seen = fake.vary
     assert call(*shlex.split(line)[1:]).exit_code == 0
     assert (fake.calls[1], fake.vary) == (fake.calls[0], seen)
