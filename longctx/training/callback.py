@@ -151,12 +151,14 @@ class BenchmarkCallback(Callback):
     def _measure(self, trainer: Any, pl_module: Any) -> list[BenchmarkResult]:
         config = self.benchmark_config
         strategy = type(trainer.strategy).__name__
-        with untouched():
+        # What is compiled for other lengths would take the place of the training's own graphs, and change its numbers.
+        with untouched(), torch.compiler.set_stance("force_eager"):
             circumstances = Circumstances(
                 autocast=trainer.precision_plugin.forward_context,
                 precision=str(trainer.precision),
                 training_step=trainer.global_step,
                 deadline=None if config.max_time is None else time.monotonic() + config.max_time,
+                eager=True,
                 sharded=any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")),
             )
             return measure_blocks(pl_module, config, circumstances, selector=self.block_selector)

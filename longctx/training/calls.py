@@ -43,6 +43,8 @@ class Circumstances:
     deadline: float | None = None
     """time.monotonic() after which cells are skipped."""
     sharded: bool = False
+    eager: bool = False
+    """Whether what torch.compile has compiled runs as it was written."""
 
     def place_of(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Where and in which format `module` is measured: as its first parameter is, unless something else is said."""
@@ -76,6 +78,11 @@ def loaded_block(
 ) -> LoadedBlock:
     """The block as the engine runs it: a copy, or where its weights are sharded a new one with weights of its own."""
     spec, module, inner = block.spec, block.module, block.inner
+    if missing := _required_besides_x(inner):
+        raise NotImplementedError(
+            f"its forward needs {', '.join(missing)} besides x, which nothing here can give it; "
+            "block_selector can name a module that takes x alone"
+        )
     if circumstances.sharded or is_sharded(module):
         if spec is None:
             raise NotImplementedError("its weights are sharded over processes, one alone cannot run it")
@@ -102,6 +109,16 @@ def loaded_block(
         cost=None if spec is None else spec.cost(cell, block.options),
         takes_keep_state="keep_state" in inspect.signature(inner.forward).parameters,
     )
+
+
+def _required_besides_x(module: nn.Module) -> list[str]:
+    """Names of what `forward` cannot do without, after its first argument."""
+    if isinstance(module, nn.MultiheadAttention):
+        return []
+    kinds = inspect.Parameter
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    plain = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    return [each.name for each in parameters[1:] if each.kind in plain and each.default is each.empty]
 
 
 class _AsBlock(nn.Module):

@@ -45,6 +45,8 @@ class FoundBlock:
     module: nn.Module
     also: list[str] = field(default_factory=list)
     """Paths of the other modules that have the same shape: a measurement of this one is theirs too."""
+    compiled: bool = False
+    """Whether torch.compile was applied to it, to something in it, or to the whole model."""
 
     @property
     def inner(self) -> nn.Module:
@@ -85,10 +87,13 @@ def find_blocks(model: nn.Module, selector: BlockSelector | None = None) -> list
     A block inside a block is a part of it; one inside a wrapper (torch.compile, FSDP) has the wrapper measured with it.
     selector(path, module) -> bool is asked where there are no blocks of ours.
     """
+    whole = _is_compiled(model)
     model = unwrapped(model)
     for is_block in _ways(selector):
         found = _distinct(_outermost(model, is_block))
         if found:
+            for block in found:
+                block.compiled = whole or any(map(_is_compiled, block.module.modules()))
             return found
     listed = [f"{path} ({type(module).__name__})" for path, module in model.named_modules() if path]
     shown = ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")
@@ -166,6 +171,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (inner := next((module._modules[name] for name in WRAPPERS if name in module._modules), None)) is not None:
         module = inner
     return module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was applied to the module itself: around it, in its place, or by Lightning for a whole."""
+    around = "_orig_mod" in module._modules
+    return around or module._compiled_call_impl is not None or getattr(module, "_compiler_ctx", None) is not None
 
 
 def class_of(module: nn.Module) -> type:

@@ -83,7 +83,10 @@ def measure_block(
     def measure() -> dict[str, Any]:
         loaded = loaded_block(block, cell, device, dtype, circumstances)
         x = block_input(cell, device, dtype, config.seed, circumstances.input_generator)
-        return _measure(Run(cell, loaded, x), loaded, config, device, circumstances)
+        found = _measure(Run(cell, loaded, x), loaded, config, device, circumstances)
+        if circumstances.eager and block.compiled:
+            found["path"] = ", ".join(filter(None, [found["path"], "without torch.compile"]))
+        return found
 
     return _finish(row, cell, measure, circumstances)
 

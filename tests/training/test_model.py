@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 
@@ -24,11 +25,20 @@ def data(**values):
 @pytest.mark.parametrize("name", blocks.names())
 def test_every_block_learns(name, make_trainer):
     lm = model(name)
-    text = data(train_sequences=100, val_sequences=8)
-    trainer = make_trainer(max_steps=30)
-    before = trainer.validate(lm, text, verbose=False)[0]["val_loss"]
+    text, losses = data(train_sequences=400, val_sequences=8), []
+
+    class Losses(lightning.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            losses.append(trainer.callback_metrics["val_loss"].item())
+
+    trainer = make_trainer(max_steps=200, callbacks=[Losses()], num_sanity_val_steps=0)
+    trainer.validate(lm, text, verbose=False)
     trainer.fit(lm, text)
-    assert trainer.validate(lm, text, verbose=False)[0]["val_loss"] < before - 0.3
+    assert trainer.global_step == 200
+    before, half, end = losses
+    assert half < before - 0.5
+    # Identity knows the last token alone, and is as good as that can be by then.
+    assert end < half + (0.05 if name == "Identity" else 0.0)
 
 
 def test_a_pattern_is_repeated_down_the_stack():
