@@ -99,6 +99,11 @@ class BenchmarkCallback(Callback):
             self._last_step = step
             self._benchmark(trainer, pl_module)
 
+    @property
+    def state_key(self) -> str:
+        # One callback for each mode may stand in a trainer, which tells their states apart by this.
+        return self._generate_state_key(mode=self.benchmark_config.mode)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "last_step": self._last_step,

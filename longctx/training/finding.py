@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,9 @@ HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head", "nhead", "head
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Where torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+
+_PLACE = re.compile(r"_?((layer|block)_?(idx|index|id|num|number|name)|idx|index|name|prefix)")
+"""Attributes by which a layer knows its place."""
 
 BlockSelector = Callable[[str, nn.Module], bool]
 """(path of a module, the module) -> whether it is a block."""
@@ -148,13 +152,16 @@ def _distinct(found: Iterable[FoundBlock]) -> list[FoundBlock]:
 
 
 def signature(module: nn.Module) -> str:
-    """Equal for two modules that do the same work: classes, plain attributes, shapes and formats of all tensors."""
+    """Equal for two modules that do the same work: classes, plain attributes, shapes and formats of all tensors.
+
+    A number or name that says which layer of a stack a module is makes no difference.
+    """
     digest = hashlib.sha256()
     for path, each in module.named_modules():
         plain = {
             name: value
             for name, value in vars(each).items()
-            if name != "training" and isinstance(value, bool | int | float | str | tuple)
+            if name != "training" and isinstance(value, bool | int | float | str | tuple) and not _PLACE.fullmatch(name)
         }
         tensors = {
             name: (tuple(value.shape), str(value.dtype))

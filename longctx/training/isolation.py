@@ -51,8 +51,8 @@ def is_sharded(module: nn.Module) -> bool:
     return (
         any(isinstance(parameter, tensor_class) for parameter in module.parameters())
         or any("FullyShardedDataParallel" in name for name in names)
-        # A flat parameter of FSDP or a stage 3 of DeepSpeed leaves empty tensors behind.
-        or any(parameter.numel() == 0 for parameter in module.parameters())
+        # What stage 3 of DeepSpeed marks its parameters with.
+        or any(hasattr(parameter, "ds_id") for parameter in module.parameters())
     )
 
 

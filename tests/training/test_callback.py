@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -173,6 +174,22 @@ def test_a_resumed_run_goes_on_counting_in_the_same_file(package, make_trainer, 
     assert [row.training_step for row in second.benchmark_results] == [2, 4, 6]
     assert second.results_path == first.results_path
     assert [r["training_step"] for r in json.loads(first.results_path.read_text())] == [2, 4, 6]
+
+
+def test_a_callback_for_each_mode(package, make_trainer, config, tmp_path):
+    def callbacks():
+        configs = [dataclasses.replace(config, mode=mode, output_file=f"{mode}.json") for mode in ("forward", "train")]
+        return [BenchmarkCallback(each, 2) for each in configs]
+
+    trainer = make_trainer(package, max_steps=3, callbacks=callbacks())
+    trainer.fit(model(), data())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    again = callbacks()
+    trainer = make_trainer(package, max_steps=5, callbacks=again)
+    trainer.fit(model(), data(), ckpt_path=tmp_path / "two.ckpt")
+    for each in again:
+        seen = [(row.training_step, row.mode) for row in each.benchmark_results]
+        assert seen == [(step, each.benchmark_config.mode) for step in (2, 4)]
 
 
 def test_a_model_without_blocks_is_told_so_with_what_it_has(make_trainer, config):

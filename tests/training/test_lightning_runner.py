@@ -127,6 +127,22 @@ def test_each_distinct_shape_is_found_once_and_nothing_inside_a_block():
     ]
 
 
+def test_a_layer_that_knows_its_place_is_no_other_shape():
+    layers = nn.ModuleList([OwnAttention(16) for _ in range(4)])
+    for index, layer in enumerate(layers):
+        layer.layer_idx = index
+    layers[3].scale = 0.5
+    found = find_blocks(nn.ModuleDict({"layers": layers}))
+    assert [(block.path, block.also) for block in found] == [("layers.0", ["layers.1", "layers.2"]), ("layers.3", [])]
+
+
+def test_a_parameter_without_elements_is_not_taken_for_a_part_of_one(package, config):
+    block = OwnAttention(16)
+    block.prompts = nn.Parameter(torch.zeros(0, 16))
+    rows = LightningBenchmarkRunner(config).benchmark_lightning_model(third_party(package, attn=block), "m")
+    assert (rows[0].block_name, rows[0].status) == ("m.attn", "ok"), rows[0].error
+
+
 def test_a_block_that_fails_is_a_row(package, config):
     class Broken(nn.Module):
         def forward(self, x):
