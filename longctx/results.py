@@ -85,6 +85,8 @@ class BenchmarkResult:
     roofline_fraction: float | None = None
     joules_per_token: float | None = None
     peak_bytes_per_token: float | None = None
+    total_memory_mb: float | None = None
+    """Highest level during the call, weights, gradients, input and output included: what a device must hold, MiB."""
     gate: dict[str, Any] | None = None
     """{error, tolerance, passed, reason}: the check against the reference."""
     lightning: dict[str, Any] | None = None
@@ -368,8 +370,10 @@ def prove_writable(folder: Path) -> None:
 
 
 def last_results_path(results_dir: str | os.PathLike[str]) -> Path | None:
-    """The results file in `results_dir` that was written last, or None."""
+    """The results file of a sweep in `results_dir` that was written last, or None."""
     with contextlib.suppress(OSError):
-        files = [path for path in Path(results_dir).glob("*.json") if path.is_file() and not path.name.startswith(".")]
+        # What `longctx limits` finds is no sweep.
+        found = [path for path in Path(results_dir).glob("*.json") if not path.name.startswith((".", "limits-"))]
+        files = [path for path in found if path.is_file()]
         return max(files, key=lambda path: path.stat().st_mtime, default=None)
     return None

@@ -33,6 +33,7 @@ MAY_IMPORT = {
 LIGHT_ENGINE = {
     "run_against",
     "dry_run",
+    "run_limits",
     "runner",
     "turns",
     "process",

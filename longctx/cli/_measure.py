@@ -38,9 +38,16 @@ def measure(
 
 
 def watched(
-    run: Callable[[Callable[[Event], None]], Measured], config: BenchmarkConfig, *, command: str, quiet: bool
+    run: Callable[[Callable[[Event], None]], Measured],
+    config: BenchmarkConfig,
+    *,
+    command: str,
+    quiet: bool,
+    view_for: Callable[..., SweepView] | None = None,
 ) -> tuple[Measured, SweepView]:
     """Measure with a view on stderr; the results, and the view that knows the environment and the results file.
+
+    view_for: makes the view, `sweep_view` if None.
 
     Interrupted, it says what is saved and how to go on, and ends the command in 128 + signal.
     """
@@ -48,7 +55,7 @@ def watched(
     from longctx.terminal.live import sweep_view
 
     # Drawing from another thread would take time from what is measured in this very process.
-    view = sweep_view(status_console(), quiet=quiet, animate=config.isolation == "worker")
+    view = (view_for or sweep_view)(status_console(), quiet=quiet, animate=config.isolation == "worker")
     try:
         with view:
             return run(view.update), view

@@ -97,7 +97,7 @@ def measure_cell(
     }
     numbers = ("first_call_s", "host_time_median", "gate_s", "flops", "bytes", "state_bytes", "peak_memory_mb")
     numbers += ("allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token", "calls_per_sample", "contention")
-    numbers += ("joules_per_token", "forward_share")
+    numbers += ("joules_per_token", "forward_share", "total_memory_mb")
     found |= dict.fromkeys(numbers)
     with global_state():
         try:
@@ -191,10 +191,13 @@ def _measure(
             "peak_memory_mb": _mib(reading.peak_bytes),
             "allocated_memory_mb": _mib(reading.allocated_bytes),
             "reserved_memory_mb": _mib(reading.reserved_bytes),
+            "total_memory_mb": _mib(reading.total_bytes),
             "memory_note": reading.reason,
         }
         if reading.peak_bytes is not None:
             found["peak_bytes_per_token"] = reading.peak_bytes / cell.tokens
+        if not (plan.timing or plan.gate):
+            found["first_call_s"] = reading.first_call_s
     found["path"] = loaded.path
 
 

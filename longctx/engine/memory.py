@@ -48,6 +48,10 @@ class MemoryReading:
     allocated_bytes: int | None = None
     """Live after the call: weights, buffers, input and output. On a CPU counted from the tensors themselves."""
     reserved_bytes: int | None = None
+    total_bytes: int | None = None
+    """Highest level during the call of all that is the block's: weights, gradients, input and output included."""
+    first_call_s: float | None = None
+    """Seconds of the first of the calls that this took."""
     reason: str | None = None
 
 
@@ -93,7 +97,11 @@ def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resti
     readings: list[MemoryReading] = []
     with torch.cuda.device(device):
         # The first calls of a process make workspaces that stay: they are not this block's.
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
         _drop(call())
+        torch.cuda.synchronize(device)
+        first_call_s = time.perf_counter() - start
         while len(readings) < MAX_READINGS:
             gc.collect()
             torch.cuda.synchronize(device)
@@ -103,13 +111,18 @@ def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resti
             y = call()
             torch.cuda.synchronize(device)
             peak = requested_bytes(device, "peak") - before
+            held = before - floor.tensor_bytes
             reserved = torch.cuda.max_memory_reserved(device)
             # What captured graphs hold serves no one else, but no allocation shows it when they are replayed.
             graphs = max(0, _graph_pool_bytes(device) - floor.graph_bytes)
             allocated = requested_bytes(device, "current") - floor.tensor_bytes
             del y
             reading = MemoryReading(
-                peak_bytes=peak + graphs, allocated_bytes=allocated + graphs, reserved_bytes=reserved
+                peak_bytes=peak + graphs,
+                allocated_bytes=allocated + graphs,
+                reserved_bytes=reserved,
+                total_bytes=held + peak + graphs,
+                first_call_s=first_call_s,
             )
             readings.append(reading)
             if len(readings) > 1 and readings[-2].peak_bytes == reading.peak_bytes:
@@ -137,24 +150,28 @@ def _graph_pool_bytes(device: torch.device) -> int:
 
 
 def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable[Any]) -> MemoryReading:
+    inputs = list(inputs)
     start = time.perf_counter()
     y = call()
-    slow = time.perf_counter() - start > SLOW_S
-    allocated = tensor_bytes([*module.parameters(), *module.buffers(), *inputs, y])
-    if any(parameter.grad is not None for parameter in module.parameters()):
-        allocated += tensor_bytes(p.grad for p in module.parameters() if p.grad is not None)
-    del y
+    first_call_s = time.perf_counter() - start
+    leaves = [*module.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
+    held = [*module.parameters(), *module.buffers(), *inputs, *(leaf.grad for leaf in leaves)]
+    allocated, held_bytes = tensor_bytes([*held, y]), tensor_bytes(held)
+    del y, held
     reason = why_no_cpu_peak()
     if reason:
-        return MemoryReading(allocated_bytes=allocated, reason=reason)
+        return MemoryReading(allocated_bytes=allocated, first_call_s=first_call_s, reason=reason)
     peaks: list[int] = []
-    while len(peaks) < (1 if slow else MAX_READINGS):
+    while len(peaks) < (1 if first_call_s > SLOW_S else MAX_READINGS):
         peaks.append(cpu_peak_bytes(call))
         if len(peaks) > 1:
             last, high = peaks[-2:], max(peaks[-2:])
             if high - min(last) <= max(CPU_AGREEMENT_BYTES, CPU_AGREEMENT * high):
                 break
-    return MemoryReading(peak_bytes=max(peaks[-2:]), allocated_bytes=allocated)
+    peak = max(peaks[-2:])
+    return MemoryReading(
+        peak_bytes=peak, allocated_bytes=allocated, total_bytes=held_bytes + peak, first_call_s=first_call_s
+    )
 
 
 def cpu_peak_bytes(call: Callable[[], Any]) -> int:

@@ -57,7 +57,13 @@ def add_round(row: BenchmarkResult, cell: Cell, found: Mapping[str, Any]) -> Non
 
 def add_memory(row: BenchmarkResult, found: Mapping[str, Any]) -> None:
     """Put the reading of the memory worker into `row`."""
-    for name in ("peak_memory_mb", "allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token"):
+    for name in (
+        "peak_memory_mb",
+        "allocated_memory_mb",
+        "reserved_memory_mb",
+        "total_memory_mb",
+        "peak_bytes_per_token",
+    ):
         setattr(row, name, found[name])
     if row.allocated_memory_mb is not None:
         row.memory_efficiency_mb_per_token = row.allocated_memory_mb / (row.batch_size * row.sequence_length)

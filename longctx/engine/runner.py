@@ -247,6 +247,14 @@ class Sweep:
 
     def _take_over(self) -> None:
         """Name every cell, and take over the rows of the file that this run would only measure again."""
+        again = {"skipped", *(RETRIED if self.config.retry else ())}
+        for cell in self.cells:
+            row = self.earlier.get((self._name(cell), cell.block.name))
+            if row is not None and row.status not in again:
+                self.rows[cell] = row
+
+    def _name(self, cell: Cell) -> str:
+        """Give `cell` its key."""
         flags = self.environment["flags"]
         context = {
             "device": self.environment["gpu"] or self.environment["cpu"],
@@ -256,13 +264,9 @@ class Sweep:
             "seed": self.config.seed,
             "torch": self.environment["torch"],
         }
-        again = {"skipped", *(RETRIED if self.config.retry else ())}
-        for cell in self.cells:
-            identity = self.identities[cell.block]
-            key = self.keys[cell] = cell.key(identity=identity, **context, **self._circumstances(cell))
-            row = self.earlier.get((key, cell.block.name))
-            if row is not None and row.status not in again:
-                self.rows[cell] = row
+        identity = self.identities[cell.block]
+        key = self.keys[cell] = cell.key(identity=identity, **context, **self._circumstances(cell))
+        return key
 
     def _circumstances(self, cell: Cell) -> dict[str, Any]:
         """What else the number of `cell` depends on in this kind of sweep."""

@@ -159,7 +159,7 @@ def best_table(found: Sequence[Best], width: int, *, ascii_only: bool = False) -
     flexible = [c for c in columns if c.flexible]
     fixed = sum(c.natural for c in columns if not c.flexible)
     if fixed + sum(c.natural for c in flexible) + 2 * (len(columns) - 1) > width:
-        return _lined(map(_best_line, found), width, ascii_only=ascii_only)
+        return lined(map(_best_line, found), width, ascii_only=ascii_only)
     return layout(columns, width, ascii_only=ascii_only)
 
 
@@ -178,7 +178,7 @@ def names(found: Sequence[str], most: int = 3) -> str:
     return shown + (f" +{len(found) - most}" if len(found) > most else "")
 
 
-def _lined(lines: Iterable[str], width: int, *, ascii_only: bool) -> Text:
+def lined(lines: Iterable[str], width: int, *, ascii_only: bool) -> Text:
     """Lines broken at words into `width`, what goes on indented."""
     import textwrap
 
@@ -193,7 +193,7 @@ def _lined(lines: Iterable[str], width: int, *, ascii_only: bool) -> Text:
 
 def summary_text(sentences: Sequence[str], width: int, *, ascii_only: bool = False) -> Text:
     """The sentences as one paragraph."""
-    text = _lined([fmt.plain(" ".join(sentences))], width, ascii_only=ascii_only)
+    text = lined([fmt.plain(" ".join(sentences))], width, ascii_only=ascii_only)
     text.plain = text.plain.replace("\n  ", "\n")
     return text
 
@@ -213,10 +213,10 @@ def sections(
     crossings = found.crossovers if extra is None else extra
     growth = growth_table(found.growths, width, ascii_only=ascii_only)
     if advice := advice_lines(found.growths):
-        growth.append("\n").append_text(_lined(advice, width, ascii_only=ascii_only))
+        growth.append("\n").append_text(lined(advice, width, ascii_only=ascii_only))
     parts = [
         (GROWTH_HEAD if width >= 70 else "Growth with length, T^k", growth),
-        (CROSSING_HEAD, _lined(map(crossing_line, crossings), width, ascii_only=ascii_only)),
+        (CROSSING_HEAD, lined(map(crossing_line, crossings), width, ascii_only=ascii_only)),
         (BEST_HEAD, best_table(found.best, width, ascii_only=ascii_only)),
     ]
     tail = f", {fmt.plain(mode)}" if mode else ""

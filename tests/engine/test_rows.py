@@ -142,7 +142,13 @@ def test_the_hosts_time_is_the_median_of_all_rounds():
     assert row_of(found(1.0)).host_time_median is None
 
 
-READING = {"peak_memory_mb": 4.0, "allocated_memory_mb": 10.0, "reserved_memory_mb": None, "peak_bytes_per_token": 7.0}
+READING = {
+    "peak_memory_mb": 4.0,
+    "allocated_memory_mb": 10.0,
+    "reserved_memory_mb": None,
+    "total_memory_mb": 12.0,
+    "peak_bytes_per_token": 7.0,
+}
 
 
 def test_memory_comes_with_the_round_or_by_itself():
@@ -152,7 +158,7 @@ def test_memory_comes_with_the_round_or_by_itself():
     add_memory(apart, READING)
     for row in (together, apart):
         assert (row.peak_memory_mb, row.allocated_memory_mb, row.reserved_memory_mb) == (4.0, 10.0, None)
-        assert row.peak_bytes_per_token == 7.0
+        assert (row.total_memory_mb, row.peak_bytes_per_token) == (12.0, 7.0)
         assert row.memory_efficiency_mb_per_token == pytest.approx(10.0 / 200)
 
 

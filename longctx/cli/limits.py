@@ -1,0 +1,164 @@
+"""`longctx limits`: the longest context that fits on this device, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from longctx.cli import options
+
+if TYPE_CHECKING:
+    from longctx.events import Event
+    from longctx.results import BenchmarkResult
+
+ORDER = 25
+
+
+def limits(
+    blocks: options.Blocks = None,
+    mode: Annotated[
+        Literal["forward", "train", "decode", "prefill"],
+        typer.Option("--mode", help="What a block must get through.", rich_help_panel=options.MODEL),
+    ] = "forward",
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Sequences a call.", rich_help_panel=options.MODEL)
+    ] = 1,
+    d_model: Annotated[
+        int, typer.Option("--d-model", metavar="N", help="Model width.", rich_help_panel=options.MODEL)
+    ] = 512,
+    n_heads: Annotated[
+        int, typer.Option("--n-heads", metavar="N", help="Attention heads.", rich_help_panel=options.MODEL)
+    ] = 8,
+    num_kv_heads: options.NumKvHeads = None,
+    device: options.Device = "auto",
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16", "fp64"],
+        typer.Option(
+            "--dtype", help="Number format; auto is bf16 on a GPU, fp32 on a CPU.", rich_help_panel=options.MODEL
+        ),
+    ] = "auto",
+    resolution: Annotated[
+        float,
+        typer.Option(
+            "--resolution",
+            metavar="SHARE",
+            help="How close to the limit to look: 0.05 ends within 5% of it.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = 0.05,
+    max_length: Annotated[
+        str | None,
+        typer.Option(
+            "--max-length",
+            metavar="N",
+            help="Ask for no longer context: 128K, 1M.",
+            show_default="no limit",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            help="For one length; one that takes longer is too long.",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = 120.0,
+    max_time: Annotated[
+        float | None,
+        typer.Option(
+            "--max-time",
+            metavar="SECONDS",
+            help="For the whole search; what is found by then is kept.",
+            show_default="no limit",
+            rich_help_panel=options.RUNS,
+        ),
+    ] = None,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    output_file: options.OutputFile = None,
+    results_dir: options.ResultsDir = "./reports/benchmark",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where the output file ends.", rich_help_panel=options.OUTPUT),
+    ] = False,
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry",
+            help="With --resume: try lengths that crashed or timed out again.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an output file that exists.", rich_help_panel=options.OUTPUT),
+    ] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the longest context that fits on this device, by trying: memory, time or --max-length ends it.
+
+    \b
+    longctx limits
+    longctx limits --blocks Dense BLADE --mode train
+    longctx limits --blocks my_block.py:MyBlock --timeout 20 --max-length 1M
+
+    Lengths are doubled until one does not fit, and the gap is closed to --resolution. Every length runs in a process
+    that may die of it. On a CPU none is tried that is predicted to need more than 90% of the free memory. Exit codes:
+    0 ok, 3 no block fits at any length, 130 interrupted, with all that was tried saved.
+    """
+    from longctx.cli._measure import print_json, watched
+    from longctx.config import BenchmarkConfig, parse_blocks, parse_length
+    from longctx.engine.run_limits import limits_command, run_limits
+    from longctx.terminal.limits import limits_document, limits_view
+
+    names = [str(request) for request in parse_blocks(blocks or [])]
+    longest = None if max_length is None else parse_length(max_length)
+    config = BenchmarkConfig(
+        mode=mode,
+        batch_size=batch_size,
+        d_model=d_model,
+        n_heads=n_heads,
+        num_kv_heads=num_kv_heads,
+        device=device,
+        dtype=dtype,
+        timeout=timeout,
+        max_time=max_time,
+        threads=threads,
+        seed=seed,
+        fixed_runs=False,
+        output_file=output_file,
+        results_dir=results_dir,
+        resume=resume,
+        retry=retry,
+        force=force,
+        verbose=not quiet,
+        blocks=names,
+    )
+    command = limits_command(config, names, resolution=resolution, max_length=longest)
+
+    def run(on_event: Callable[[Event], None]) -> list[BenchmarkResult]:
+        return run_limits(
+            names or None, config, resolution=resolution, max_length=longest, on_event=on_event, command=command
+        )
+
+    results, view = watched(run, config, command=command, quiet=quiet, view_for=limits_view)
+    if json:
+        print_json(limits_document(results))
+    else:
+        from longctx.cli._show import tail
+        from longctx.terminal.console import ascii_only, result_console
+        from longctx.terminal.limits import limits_text
+        from longctx.terminal.tables import environment_line
+
+        console = result_console()
+        if results:
+            console.print(environment_line(view.environment, results[0].dtype))
+            console.print()
+            console.print(limits_text(results, console.width, ascii_only=ascii_only(console)))
+        tail(console, view, command)
+    raise typer.Exit(0 if any(result.ok for result in results) else 3)

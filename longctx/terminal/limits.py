@@ -1,0 +1,224 @@
+"""The longest context that fits, on the screen: the search as it runs, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from longctx.analysis.conclusions import about
+from longctx.analysis.frontier import CARD_GIB, Frontier, frontiers
+from longctx.analysis.statistics import positive
+from longctx.analysis.summary import FRAME
+from longctx.config import BlockRequest, Cell
+from longctx.events import CellFinished, Event
+from longctx.results import BenchmarkResult
+from longctx.terminal import format as fmt
+from longctx.terminal.findings import exponent, kind, law_document, lined
+from longctx.terminal.live import LiveView, PlainView, SweepView
+from longctx.terminal.tables import Column, layout, status_word
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+_REASONS = {"length": "--max-length", "unfinished": "not finished"}
+
+
+# -- while it runs -------------------------------------------------------------------------------------------------
+
+
+def limits_view(console: Console, *, quiet: bool = False, animate: bool = True) -> SweepView:
+    """The view that suits `console`."""
+    if quiet:
+        return SweepView(console)
+    return LiveLimits(console, animate=animate) if console.is_interactive else PlainLimits(console)
+
+
+def tried_line(cell: Cell, result: BenchmarkResult, *, ascii_only: bool = False) -> str:
+    """`BLADE 64K fits: 1.20 GiB, 0.31 s`: one length that was tried in one line."""
+    head = f"{fmt.plain(cell.block.name)} {fmt.tokens(cell.length)}"
+    if result.ok:
+        size = fmt.memory(fmt.from_mib(result.total_memory_mb))
+        return f"{head} fits: {size}, first call {fmt.duration(result.first_call_s)}"
+    error = result.error if isinstance(result.error, dict) else {}
+    said = fmt.shorten(fmt.plain(error.get("message") or ""), 120, ellipsis="~" if ascii_only else "…")
+    return f"{head} {'not tried' if result.status == 'skipped' else result.status}: {said}"
+
+
+class PlainLimits(PlainView):
+    """One line for each length that was tried."""
+
+    def _said(self, event: CellFinished) -> str:
+        return f"[{self.step}] {tried_line(event.cell, event.result, ascii_only=self.ascii)}"
+
+
+class LiveLimits(LiveView):
+    """The running length, and how far every block has come."""
+
+    def update(self, event: Event) -> None:
+        with self._lock:
+            super().update(event)
+            if isinstance(event, CellFinished):
+                self.message = tried_line(event.cell, event.result, ascii_only=self.ascii)
+
+    def _progress(self, width: int) -> Text:
+        from rich.text import Text
+
+        tried = f"{self.step} length{'' if self.step == 1 else 's'} tried"
+        text = Text(no_wrap=True, overflow="ellipsis").append(tried, style="bold")
+        return text.append(f"  {fmt.clock(self.estimate.elapsed_s())}", style="dim")
+
+    def _tables(self, width: int, room: int) -> list[Text]:
+        found: dict[BlockRequest, dict[int, BenchmarkResult]] = {cell.block: {} for cell in self.cells}
+        for cell, row in self.results.items():
+            found.setdefault(cell.block, {})[cell.length] = row
+        shown = list(found)[: max(1, room - 1)]
+        fits, ends, sizes, styles = [], [], [], {}
+        for index, block in enumerate(shown):
+            rows = found[block]
+            ok = max((t for t, row in rows.items() if row.ok), default=0)
+            fails = min((t for t, row in rows.items() if t > ok and not row.ok), default=None)
+            fits.append(f"{ok:,}" if ok else fmt.NONE)
+            ends.append(f"{fails:,} {status_word(rows[fails])}" if fails else "?")
+            sizes.append(fmt.memory(fmt.from_mib(rows[ok].total_memory_mb)) if ok else fmt.NONE)
+            if self.running and self.running.block == block:
+                styles[index, "fits"] = "bold cyan"
+        columns = [
+            Column(header="block", cells=[fmt.plain(b.name) for b in shown], right=False, flexible=True),
+            Column(header="fits", cells=fits),
+            Column(header="too long", cells=ends, keep=2),
+            Column(header="memory", cells=sizes, keep=1),
+        ]
+        return [layout(columns, width, ascii_only=self.ascii, styles=styles)]
+
+
+# -- what was found ------------------------------------------------------------------------------------------------
+
+
+def limits_text(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
+    """Table of frontiers, what other cards would hold, why each search ended, and one sentence."""
+    from rich.text import Text
+
+    found = frontiers(results)
+    text = Text(no_wrap=True, overflow="ignore")
+    text.append_text(_head(results, width)).append("\n\n")
+    text.append_text(_table(found, width, ascii_only=ascii_only))
+    if any(f.would_hold(gib * fmt.GIB) for f in found for gib in CARD_GIB):
+        title = "What other devices would hold: extrapolated by the memory law, weights, input and output counted"
+        text.append("\n\n").append(lined([title], width, ascii_only=ascii_only).plain, "bold")
+        text.append("\n").append_text(_cards(found, width, ascii_only=ascii_only))
+    ends = [line for f in found if (line := _end(f, results))]
+    if ends:
+        text.append("\n\n").append_text(lined(ends, width, ascii_only=ascii_only))
+    if said := sentence(found):
+        text.append("\n\n").append(lined([said], width, ascii_only=ascii_only).plain.replace("\n  ", "\n"), "bold")
+    return text
+
+
+def _head(results: Sequence[BenchmarkResult], width: int) -> Text:
+    row = results[0]
+    config = row.config if isinstance(row.config, Mapping) else {}
+    words = [f"Longest context, mode {fmt.plain(row.mode)}"]
+    words += [f"{name} {config[key]}" for key, name in (("batch_size", "batch"), ("d_model", "D"), ("n_heads", "H"))]
+    return lined([", ".join(words)], width, ascii_only=True)
+
+
+def _table(found: Sequence[Frontier], width: int, *, ascii_only: bool) -> Text:
+    per_token = [positive(f.peak and f.fits and f.peak.at(f.fits) / f.fits) for f in found]
+    columns = [
+        Column(header="block", cells=[fmt.plain(f.name) for f in found], right=False, flexible=True),
+        Column(header="fits", cells=[f"{f.fits:,}" if f.fits else fmt.NONE for f in found]),
+        Column(header="too long", cells=[f"{f.fails:,}" if f.fails else fmt.NONE for f in found], keep=6),
+        Column(header="ended by", cells=[reason(f) for f in found], keep=8, right=False),
+        Column(header="memory", cells=[fmt.memory(f.needed_bytes) for f in found], keep=7),
+        Column(header="call", cells=[fmt.duration(f.call_s) for f in found], keep=4),
+        Column(header="peak/token", cells=[fmt.memory(value) for value in per_token], keep=3),
+        Column(header="peak k", cells=[exponent(f.peak) for f in found], keep=5),
+        Column(header="fit", cells=[kind(f.peak) for f in found], keep=1, right=False),
+    ]
+    return layout(columns, width, ascii_only=ascii_only)
+
+
+def _cards(found: Sequence[Frontier], width: int, *, ascii_only: bool) -> Text:
+    columns = [Column(header="block", cells=[fmt.plain(f.name) for f in found], right=False, flexible=True)]
+    for gib in CARD_GIB:
+        held = [f.would_hold(gib * fmt.GIB) for f in found]
+        cells = [f"~{about(tokens)}" if tokens else fmt.NONE if tokens is None else "none" for tokens in held]
+        columns.append(Column(header=f"{gib} GiB", cells=cells))
+    return layout(columns, width, ascii_only=ascii_only)
+
+
+def reason(frontier: Frontier) -> str:
+    """Why the search ended where it did: `memory`, `time, predicted`, `--max-length`."""
+    words = _REASONS.get(frontier.limit, fmt.plain(frontier.limit))
+    words += "" if frontier.tried else ", predicted"
+    return words if frontier.finished or frontier.limit == "unfinished" else f"{words}, not finished"
+
+
+def _end(frontier: Frontier, results: Sequence[BenchmarkResult]) -> str:
+    """What became of the first length that was too long; and of time, how far memory would have gone."""
+    name = fmt.shorten(fmt.plain(frontier.name), 40)
+    said = f"{name} at {frontier.fails:,}: {fmt.shorten(fmt.plain(frontier.said), 160)}" if frontier.said else ""
+    if frontier.limit not in ("time", "length", "unfinished"):
+        return said
+    device = device_bytes(results)
+    held = frontier.would_hold(device) if device else None
+    if held and held > frontier.fits:
+        word = {"time": "time ended it, not memory", "length": "--max-length ended it, not memory"}
+        by = f"by its memory law the {fmt.memory(device)} here would hold about {about(held)}"
+        return f"{said or name}: {word.get(frontier.limit, 'not finished')}; {by}"
+    return said
+
+
+def device_bytes(results: Sequence[BenchmarkResult]) -> float | None:
+    """Memory of the GPU that the rows are from, or what was free of a machine's."""
+    environment = results[0].environment if results else {}
+    name = "gpu_memory_total_bytes" if environment.get("gpu") else "memory_available_bytes"
+    return positive(environment.get(name))
+
+
+def sentence(found: Sequence[Frontier]) -> str:
+    """Who goes furthest of the blocks that mix, and how much further than Dense; empty where nothing can be said."""
+    mixing = sorted((f for f in found if f.fits and f.block not in FRAME), key=lambda f: -f.fits)
+    dense = next((f for f in found if f.block == "Dense" and f.fits), None)
+    if not mixing:
+        return ""
+    best = mixing[0]
+    level = [f.name for f in mixing[1:] if f.fits >= 0.95 * best.fits]
+    open_ended = best.limit in ("time", "length", "unfinished") or not best.finished
+    text = f"{fmt.plain(best.name)} goes {'furthest, ' if len(mixing) > 1 else ''}to "
+    text += f"{'at least ' if open_ended else ''}{best.fits:,} tokens"
+    if level:
+        text += f", level with {', '.join(map(fmt.plain, level))}"
+    if dense and not open_ended and dense.limit == "memory":
+        text += f"; Dense to {dense.fits:,}"
+    return text + "."
+
+
+def limits_document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
+    """Frontiers and rows as plain data. Lengths in tokens, memory in bytes, seconds."""
+    return {
+        "limits": [
+            {
+                "name": f.name,
+                "block_name": f.block,
+                "mode": f.mode,
+                "longest": f.fits or None,
+                "too_long": f.fails,
+                "limit": f.limit,
+                "too_long_was_tried": f.tried if f.fails else None,
+                "finished": f.finished,
+                "reason": f.said or None,
+                "memory_bytes": f.needed_bytes,
+                "first_call_s": f.call_s,
+                "peak_law": law_document(f.peak),
+                "memory_law": law_document(f.total),
+                "would_hold": [
+                    {"memory_bytes": gib * fmt.GIB, "tokens": f.would_hold(gib * fmt.GIB), "extrapolated": True}
+                    for gib in CARD_GIB
+                ],
+            }
+            for f in frontiers(results)
+        ],
+        "results": [row.to_json() for row in results],
+    }

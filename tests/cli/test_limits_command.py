@@ -1,0 +1,140 @@
+"""`longctx limits` without a search: what it asks for, what it prints, how it ends."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+
+from longctx.config import BenchmarkConfig, parse_blocks
+from longctx.events import CellFinished, CellStarted, SweepFinished, SweepStarted
+from longctx.results import BenchmarkResult
+
+
+def rows_of(name, longest, end):
+    rows, length = [], 1024
+    while length <= 2 * longest:
+        ok = length <= longest
+        rows.append(
+            BenchmarkResult(
+                block_name=name,
+                sequence_length=length,
+                status="ok" if ok else end,
+                error=None if ok else {"type": "X", "message": f"no more \x1b[31m{end}", "log_tail": None},
+                total_memory_mb=length / 128 if ok else None,
+                peak_memory_mb=length / 256 if ok else None,
+                first_call_s=0.25 if ok else None,
+                dtype="fp32",
+                config={
+                    "batch_size": 1,
+                    "d_model": 512,
+                    "n_heads": 8,
+                    "limits": {"resolution": 1.0, "max_length": None},
+                },
+                environment={"cpu": "A processor", "torch": "2.13.0", "memory_available_bytes": 8 << 30},
+            )
+        )
+        length *= 2
+    return rows
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """Stands in for the engine: `ends` says how far each block goes and what ends it."""
+    asked = types.SimpleNamespace(calls=[], ends={"Dense": (16384, "timeout"), "BLADE": (65536, "oom")})
+
+    def run_limits(blocks, config, *, resolution, max_length, on_event, command):
+        asked.calls.append((blocks, config, resolution, max_length))
+        cells = {block.name: cell for block in parse_blocks(asked.ends) for cell in config.cells([block], dtype="fp32")}
+        environment = {"cpu": "A processor", "torch": "2.13.0"}
+        on_event(SweepStarted(cells=(), rounds=1, environment=environment, path="out/limits.json"))
+        rows = [row for name, (longest, end) in asked.ends.items() for row in rows_of(name, longest, end)]
+        for row in rows:
+            on_event(CellStarted(cell=cells[row.block_name], round=0))
+            on_event(CellFinished(cell=cells[row.block_name], round=0, result=row))
+        on_event(SweepFinished(results=tuple(rows), complete=True))
+        return rows
+
+    from longctx.engine import run_limits as real
+
+    module = types.ModuleType("longctx.engine.run_limits")
+    module.run_limits, module.limits_command = run_limits, real.limits_command
+    monkeypatch.setitem(sys.modules, "longctx.engine.run_limits", module)
+    return asked
+
+
+@pytest.mark.parametrize("columns", ["120", "80", "50"])
+def test_the_answer_fits_the_terminal_and_says_why_it_ended(search, call, columns):
+    done = call("limits", COLUMNS=columns)
+    flat = " ".join(done.stdout.split())
+    assert done.exit_code == 0 and max(map(len, done.stdout.splitlines()[:-2])) <= int(columns)
+    for words in (
+        "65,536",
+        "memory",
+        "time",
+        "24 GiB",
+        "141 GiB",
+        "extrapolated",
+        "no more",
+        "BLADE goes to 65,536 tokens",
+    ):
+        assert words in flat, words
+    assert "time ended it, not memory; by its memory law the 8.00 GiB here would hold about" in flat
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "[1] " in done.stderr and "fits: 8.00 MiB" in done.stderr and "results:" in done.stdout
+
+
+def test_options_reach_the_search(search, call):
+    done = call(
+        "limits", "--blocks", "BLADE", "--mode", "train", "--max-length", "1M", "--resolution", "0.1", "--quiet"
+    )
+    ((blocks, config, resolution, longest),) = search.calls
+    assert done.exit_code == 0 and done.stderr == ""
+    assert (blocks, config.mode, resolution, longest) == (["BLADE"], "train", 0.1, 1 << 20)
+    assert "reproduce: longctx limits --blocks BLADE --mode train" in done.stdout
+
+
+def test_one_json_document(search, call):
+    done = call("limits", "--json")
+    document = json.loads(done.stdout)
+    assert [one["longest"] for one in document["limits"]] == [16384, 65536]
+    assert [one["limit"] for one in document["limits"]] == ["time", "memory"]
+    assert document["limits"][1]["memory_law"]["exponent"] == pytest.approx(1.0, abs=0.01)
+    assert all(held["extrapolated"] for held in document["limits"][1]["would_hold"])
+    assert len(document["results"]) == 5 + 1 + 7 + 1
+
+
+def test_nothing_that_fits_is_a_failed_check(search, call):
+    search.ends = {"Dense": (512, "failed")}
+    done = call("limits")
+    assert done.exit_code == 3 and "failed" in done.stdout
+    assert call("limits", "--max-length", "many").exit_code == 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (50, 10)])
+def test_the_live_picture_fits_the_screen(search, width, height):
+    import io
+
+    from rich.console import Console
+
+    from longctx.terminal.limits import LiveLimits, limits_view
+
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, force_interactive=True)
+    view = limits_view(console)
+    assert isinstance(view, LiveLimits)
+    config = BenchmarkConfig(sequence_lengths=[1024])
+    cells = tuple(config.cells(parse_blocks(["Dense", "BLADE"]), dtype="fp32"))
+    view.update(SweepStarted(cells=cells, rounds=1, environment={}, path=None))
+    for row in [*rows_of("Dense", 2048, "oom"), *rows_of("BLADE", 4096, "timeout")]:
+        (cell,) = config.cells(parse_blocks([row.block_name]), dtype="fp32")
+        cell = dataclasses.replace(cell, length=row.sequence_length)
+        view.update(CellStarted(cell=cell, round=0))
+        text = Console(file=io.StringIO(), width=width)
+        text.print(view.render())
+        lines = text.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width and len(lines) <= height
+        view.update(CellFinished(cell=cell, round=0, result=row))
+    text.print(view.render())
+    picture = text.file.getvalue()
+    assert "7 lengths tried" in picture and "2,048" in picture and "8,192 TIMEOUT" in picture
