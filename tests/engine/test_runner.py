@@ -1043,9 +1043,9 @@ def command(tmp_path, mine):
     """Starts `longctx sweep` over eight lengths, saved to `saved(tmp_path)`."""
     with contextlib.ExitStack() as stack:
 
-        def start(*words: str) -> subprocess.Popen:
+        def start(*words: str, cells: int = 8) -> subprocess.Popen:
             call = [sys.executable, "-m", "longctx", "sweep", "--blocks", mine("Counted"), "--sequence-lengths"]
-            call += [str(length) for length in range(8, 72, 8)]
+            call += [str(8 * index) for index in range(1, cells + 1)]
             shape = "--d-model 32 --n-heads 2 --rounds 1 --warmup-runs 1 --benchmark-runs 4 --device cpu --threads 1"
             call += [*shape.split(), "--no-memory-profile", "--output-file", str(saved(tmp_path)), *words]
             started = subprocess.Popen(
@@ -1091,40 +1091,44 @@ def test_ctrl_c_ends_in_130_with_all_finished_rows_on_disk_and_no_worker_left(co
     assert list((tmp_path / "out").iterdir()) == [saved(tmp_path)]
 
 
+KILLS, MANY = 25, 40
+"""Kills at random moments, over so many cells."""
+
+
 def test_a_sweep_that_is_killed_again_and_again_loses_and_repeats_nothing(command, tmp_path):
     chance = random.Random()
     finished: list[dict] = []
-    for _ in range(2):
-        process = command("--resume")
-        wait_for_rows(process, saved(tmp_path), len(finished) + 1)
-        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        end = time.monotonic() + chance.random() * 0.4
+    for _ in range(KILLS):
+        process = command("--resume", cells=MANY)
+        # Anywhere in its life: while it starts, while it measures, while it saves.
+        end = time.monotonic() + chance.random() * 4.0
+        workers = []
         while time.monotonic() < end:
             rows_on_disk(saved(tmp_path))
+            workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else workers
+            time.sleep(0.01)
         process.kill()
         process.wait()
         assert all_gone(workers)
         rows = rows_on_disk(saved(tmp_path))
         assert rows[: len(finished)] == finished
-        assert len(rows) > len(finished)
+        assert {row["status"] for row in rows} <= {"ok"}
         finished = rows
     done = {str(row["sequence_length"]) for row in finished}
-    calls = Counter(lines(tmp_path / "calls"))
-    process = command("--resume")
-    _, said = process.communicate(timeout=60)
+    calls = Counter(lines(tmp_path / "calls")) if finished else Counter()
+    process = command("--resume", cells=MANY)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     rows = rows_on_disk(saved(tmp_path))
     assert rows[: len(finished)] == finished
-    assert [row["sequence_length"] for row in rows] == list(range(8, 72, 8))
+    assert [row["sequence_length"] for row in rows] == list(range(8, 8 * MANY + 8, 8))
+    assert len({row["key"] for row in rows}) == MANY
     assert {row["status"] for row in rows} == {"ok"}
     assert all(len(row["samples"]) == 1 and len(row["samples"][0]) == 4 for row in rows)
     after = Counter(lines(tmp_path / "calls"))
     assert {length: after[length] for length in done} == {length: calls[length] for length in done}
     # A file that was being written when the end came may lie beside it, under a name that no reader looks at.
     assert [path for path in (tmp_path / "out").glob("*.json") if not path.name.startswith(".")] == [saved(tmp_path)]
-
-
-# -- sweeps over more than length ------------------------------------------------------------------------------------
 
 
 def test_modes_and_batches_are_rows_of_one_sweep(tmp_path, mine):
