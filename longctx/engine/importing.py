@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import site
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +21,8 @@ from longctx.errors import UsageError, did_you_mean
 
 
 def import_target(target: str) -> tuple[Callable[..., Any], bytes]:
-    """What `path/to/file.py:Name` or `package.module:Name` names, and the text of the file that it is in.
+    """What `path/to/file.py:Name` or `package.module:Name` names, and the text of the code that it is made of: its file
+    and those of the user's own that it imports.
 
     Leaves the file's folder on sys.path, for imports made later. Raises UsageError for a file, package or name that
     is not there, code that fails when it is imported, and a name that nothing can be built with.
@@ -110,8 +114,52 @@ def _import_package(place: str) -> ModuleType:
 
 
 def _source_of(source: ModuleType) -> bytes:
-    path = getattr(source, "__file__", None)
-    return Path(path).read_bytes() if path and Path(path).is_file() else source.__name__.encode()
+    """The text of a module's file, and of each file of the user's that it imports, directly or through another.
+
+    What is installed (site-packages, the standard library) has its version, and is left out; so are we.
+    """
+    todo, seen = [source], {}
+    while todo:
+        module = todo.pop()
+        path = getattr(module, "__file__", None)
+        if module.__name__ in seen or not path or not path.endswith(".py") or not Path(path).is_file():
+            continue
+        seen[module.__name__] = Path(path).read_bytes()
+        todo += [found for name in _imports(module, seen[module.__name__]) if _is_users(found := sys.modules.get(name))]
+    if source.__name__ not in seen:
+        return source.__name__.encode()
+    # Names of modules made from a file hold the place of that file, which says nothing of what it does.
+    own = seen.pop(source.__name__)
+    return b"\0".join([own, *(part for name in sorted(seen) for part in (name.encode(), seen[name]))])
+
+
+def _imports(module: ModuleType, text: bytes) -> list[str]:
+    """Full names of the modules that the code of `module` may import, wherever in it."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return []
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = (module.__package__ or "").split(".")
+                base = ".".join(filter(None, [*package[: len(package) - node.level + 1], base]))
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    # Importing a.b.c runs a and a.b too.
+    return [".".join(parts[: end + 1]) for name in names for parts in [name.split(".")] for end in range(len(parts))]
+
+
+def _is_users(module: ModuleType | None) -> bool:
+    path = getattr(module, "__file__", None)
+    if not path or module.__name__.partition(".")[0] == "longctx":
+        return False
+    installed = [*site.getsitepackages(), site.getusersitepackages()]
+    installed += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not any(Path(path).is_relative_to(folder) for folder in installed)
 
 
 def in_words(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -207,6 +208,33 @@ def test_what_is_wrong_with_a_users_block_is_said(place, name, words):
     with pytest.raises(UsageError, match=words) as caught:
         describe(f"{place}:{name}")
     assert caught.value.exit_code == 2
+
+
+def test_what_a_users_file_imports_is_part_of_its_source(tmp_path):
+    (tmp_path / "outer.py").write_text(
+        "import json\nfrom torch import nn\nfrom inner_part import deep\n"
+        "class Block(nn.Module):\n    def forward(self, x):\n        return deep.scale(x)\n"
+    )
+    (tmp_path / "inner_part").mkdir()
+    (tmp_path / "inner_part/__init__.py").write_text("")
+    (tmp_path / "inner_part/deep.py").write_text("from . import deeper\ndef scale(x):\n    return deeper.FACTOR * x\n")
+    (tmp_path / "inner_part/unused.py").write_text("")
+
+    def hashed() -> str:
+        code = (
+            "from longctx.config import BlockRequest\nfrom longctx.engine.loading import describe_block\n"
+            f"request = BlockRequest(target={str(tmp_path / 'outer.py:Block')!r})\n"
+            "print(describe_block(request, d_model=8, n_heads=1, num_kv_heads=None)['source_hash'])"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return ran.stdout.strip()
+
+    (tmp_path / "inner_part/deeper.py").write_text("FACTOR = 2\n")
+    before = hashed()
+    (tmp_path / "inner_part/unused.py").write_text("FACTOR = 3\n")
+    assert hashed() == before
+    (tmp_path / "inner_part/deeper.py").write_text("FACTOR = 3\n")
+    assert hashed() != before
 
 
 def test_files_and_packages_that_are_not_there(tmp_path):
