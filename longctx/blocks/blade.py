@@ -39,7 +39,8 @@ from longctx.ops.blade_chain import (
     sum_dtype,
 )
 from longctx.ops.blade_graph import ChainGraphs, kernels_fit
-from longctx.ops.blade_training import whole_chunks
+from longctx.ops.blade_training import GPU_SLAB_TOKENS, whole_chunks
+from longctx.ops.blade_training_graph import TrainingSlabs
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
@@ -137,6 +138,7 @@ class BLADEBlock(PreNormBlock):
         self.state_proj = nn.Linear(d_model, state_dim, **factory)
         self._graphs = ChainGraphs()
         self._decoder = Decoder(chunk_size, 1, num_global_tokens)
+        self._training_slabs = TrainingSlabs()
         if num_global_tokens:
             tokens = torch.empty(num_global_tokens, d_model, **factory)
             self.global_tokens = nn.Parameter(nn.init.normal_(tokens, 0.0, 0.02))
@@ -213,11 +215,13 @@ class BLADEBlock(PreNormBlock):
     def mixer_path(self) -> str:
         weight = self.qkv_proj.weight
         attention = chunk_attention_path(weight.device, weight.dtype, self.head_dim)
+        kernels = "fused Triton chain" if kernels_fit(self._chain_weights()) else attention
         if self.training:
-            return "chunk by chunk, as autograd follows" if self.dropout else f"one operator, {attention}"
+            if self.dropout:
+                return f"{attention}, chunk by chunk as autograd follows"
+            return f"one operator, {kernels if self.chunk_size <= GPU_SLAB_TOKENS else attention}"
         if not weight.is_cuda:
             return f"{attention}, chunk by chunk"
-        kernels = "fused Triton chain" if kernels_fit(self._chain_weights()) else attention
         chunks = max(1, GPU_CHAIN_TOKENS // self.chunk_size)
         path = f"{kernels}, CUDA graphs of up to {1 << (chunks.bit_length() - 1)} chunks"
         return path + decode_path(weight)
@@ -238,7 +242,8 @@ class BLADEBlock(PreNormBlock):
             y, state = self._by_parts(first, state, True)
             pieces.append(y)
         attn_norm = (self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
-        y, s = whole_chunks(middle, state.s, attn_norm, self._chain_weights(), self.chunk_size)
+        weights = self._chain_weights()
+        y, s = whole_chunks(middle, state.s, attn_norm, weights, self.chunk_size, self._training_slabs)
         pieces.append(y)
         state = self._fresh(s)
         if last.shape[1]:
@@ -332,7 +337,7 @@ class BLADEBlock(PreNormBlock):
 
     def _project(self, x: Tensor, qkv: Tensor) -> Tensor:
         """What comes before the chain, for a slab: x `[count, B, n, D]` -> qkv. Returns a buffer of the shape of x."""
-        normed = self.attn_norm(x)
+        normed = self.norm(x)
         torch.mm(normed.view(-1, self.d_model), self.qkv_proj.weight.t(), out=qkv.view(-1, qkv.shape[-1]))
         return normed
 

@@ -16,7 +16,8 @@ state_dim, E = D + 2GK, m global tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from longctx.ops import _window_flash as flash
 from longctx.ops.blade_chain import ChainWeights, after_attention, sum_dtype
+from longctx.ops.blade_training_graph import TrainingSlab, TrainingSlabs, training_slab
+from longctx.ops.layer_norm import NormGradients, normalize
 
 GPU_SLAB_TOKENS, CPU_SLAB_TOKENS = 8192, 1024
 """Tokens taken at once off the chain: enough for the products to run at full speed, or to stay in the cache."""
@@ -46,17 +49,22 @@ class Settings:
 
 
 def whole_chunks(
-    x: Tensor, s: Tensor, attn_norm: tuple[Tensor, Tensor, float], weights: ChainWeights, chunk: int
+    x: Tensor,
+    s: Tensor,
+    attn_norm: tuple[Tensor, Tensor, float],
+    weights: ChainWeights,
+    chunk: int,
+    slabs: TrainingSlabs,
 ) -> tuple[Tensor, Tensor]:
     """x `[B, T, D]`, T a multiple of the chunk, and s `[B, N]` -> y `[B, T, D]`, s after it. Differentiable once.
 
-    All parameters in the dtype of x, s in that of sums.
+    All parameters in the dtype of x, s in that of sums. slabs: what keeps the buffers and graphs of the caller.
     """
     parameters = [*attn_norm[:2], *weights.inject, weights.qkv, *weights.out, *weights.norm[:2], *weights.up]
     parameters += [*weights.down, *weights.state]
     if weights.global_tokens is not None:
         parameters.append(weights.global_tokens)
-    settings = (weights.n_heads, weights.num_kv_heads, chunk, attn_norm[2], weights.norm[2])
+    settings = (weights.n_heads, weights.num_kv_heads, chunk, attn_norm[2], weights.norm[2], slabs.number)
     y, last, *_ = torch.ops.longctx.blade_chunks(x, s, parameters, *settings)
     return y, last
 
@@ -84,11 +92,18 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
     return x.unflatten(1, (x.shape[1] // chunk, chunk)).transpose(0, 1)
 
 
-def _slabs(count: int, tokens: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `count` chunks, each of `tokens` over the batch."""
+def _slabs(count: int, tokens: int, device: torch.device) -> list[slice]:
+    """Slices of `count` chunks, each of `tokens` over the batch; the first is the largest."""
     step = max(1, (CPU_SLAB_TOKENS if device.type == "cpu" else GPU_SLAB_TOKENS) // tokens)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _token_sums(rows: Tensor) -> Tensor:
+    """`[..., n, W]` -> sums over the n `[..., W]`, in fp32 or better."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        # As a product it is several times faster than as a reduction. What it rounds is the sum, not the addends.
+        return (rows.new_ones(1, rows.shape[-2]) @ rows).squeeze(-2).float()
+    return rows.sum(-2, dtype=sum_dtype(rows.dtype))
 
 
 # -- forward ----------------------------------------------------------------------------------------------------------
@@ -104,6 +119,7 @@ def _forward(
     chunk: int,
     attn_eps: float,
     ffn_eps: float,
+    slabs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, last s; kept: states `[count, B, N]` at the start of each chunk, qkv, residual, wide, attended, lse)."""
     settings = Settings(n_heads=n_heads, num_kv_heads=num_kv_heads, chunk=chunk, attn_eps=attn_eps, ffn_eps=ffn_eps)
@@ -111,13 +127,15 @@ def _forward(
     y, last, states, qkv, residual, wide, attended, lse = _empty(x, s, weights, chunk)
     rows, out, width = _chunks(x, chunk), _chunks(y, chunk), x.shape[2]
     last.copy_(s)
-    for slab in _slabs(len(rows), x.shape[0] * chunk, x.device):
+    slabs_of_chunks = _slabs(len(rows), x.shape[0] * chunk, x.device)
+    fused = _fused(slabs, weights, slabs_of_chunks, x.shape[0], chunk)
+    run = functools.partial(_chain, weights) if fused is None else functools.partial(_fused_chain, fused)
+    for slab in slabs_of_chunks:
         x_slab = rows[slab].contiguous()
-        normed = F.layer_norm(x_slab, (width,), *norm)
+        normed = normalize(x_slab, *norm)
         torch.mm(normed.view(-1, width), weights.qkv.t(), out=qkv[slab].view(-1, qkv.shape[-1]))
-        hidden = torch.empty_like(wide[slab])
         kept = (states[slab], residual[slab], wide[slab], attended[slab], lse[slab])
-        last.copy_(_chain(weights, x_slab, qkv[slab], last, hidden, *kept))
+        hidden = run(x_slab, qkv[slab], last, *kept)
         down = torch.addmm(weights.down[1], hidden.view(-1, 4 * width), weights.down[0].t())
         torch.add(residual[slab], down.view_as(x_slab), out=out[slab])
     return y, last, states, qkv, residual, wide, attended, lse
@@ -133,7 +151,7 @@ def _empty(x: Tensor, s: Tensor, weights: ChainWeights, chunk: int) -> tuple[Ten
 
 
 @_forward.register_fake
-def _(x, s, parameters, n_heads, num_kv_heads, chunk, attn_eps, ffn_eps):
+def _(x, s, parameters, n_heads, num_kv_heads, chunk, attn_eps, ffn_eps, slabs):
     settings = Settings(n_heads=n_heads, num_kv_heads=num_kv_heads, chunk=chunk, attn_eps=attn_eps, ffn_eps=ffn_eps)
     return _empty(x, s, _unpack(parameters, settings)[1], chunk)
 
@@ -142,16 +160,16 @@ def _chain(
     weights: ChainWeights,
     x: Tensor,
     qkv: Tensor,
-    s: Tensor,
-    hidden: Tensor,
+    last: Tensor,
     states: Tensor,
     residual: Tensor,
     wide: Tensor,
     attended: Tensor,
     lse: Tensor,
 ) -> Tensor:
-    """The chain of a slab, filling what is kept of it and hidden (after GELU): returns s after it."""
-    global_kv, width = weights.global_kv(), x.shape[-1]
+    """The chain of a slab: fills what is kept of it, overwrites the state `last`, returns the hidden rows."""
+    global_kv, width, hidden = weights.global_kv(), x.shape[-1], torch.empty_like(wide)
+    s = last.clone()
     for index in range(len(x)):
         states[index] = s
         dq, dkv, dv = weights.injection(s)
@@ -161,7 +179,42 @@ def _chain(
         attended[index], lse[index] = out.flatten(2), norm
         flat = {"hidden": hidden[index].flatten(0, 1), "wide": wide[index].flatten(0, 1)}
         s = weights.next_state(after_attention(weights, x[index], out, dv, residual=residual[index], **flat))
-    return s
+    last.copy_(s)
+    return hidden
+
+
+def _fused(number: int, weights: ChainWeights, slabs: list[slice], batch: int, chunk: int) -> TrainingSlab | None:
+    """The fused kernels' slab, where they can do the chain and there is more of it than launches cost."""
+    if batch * chunk > GPU_SLAB_TOKENS:
+        return None
+    return training_slab(number, weights, slabs[0].stop, batch, chunk)
+
+
+def _fused_chain(
+    slab: TrainingSlab,
+    x: Tensor,
+    qkv: Tensor,
+    last: Tensor,
+    states: Tensor,
+    residual: Tensor,
+    wide: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    """`_chain` in fused kernels. The hidden rows are the slab's: to be read before the next run."""
+    count = len(x)
+    with slab.lock:
+        run = slab.runner("forward", count)
+        slab.residual[:count] = x
+        slab.qkv[:count] = qkv
+        slab.s.copy_(last)
+        run()
+        last.copy_(slab.s)
+        states.copy_(slab.states[:count, :, : last.shape[1]])
+        wide.copy_(slab.wide[:count].view(wide.shape))
+        for kept, buffer in ((residual, slab.residual), (attended, slab.attended), (lse, slab.lse)):
+            kept.copy_(buffer[:count])
+        return slab.hidden[:count].view(wide.shape)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -186,8 +239,7 @@ class _Sums:
 
     def rows(self, name: str, value: Tensor) -> None:
         """Add the sum over all but the last dimension."""
-        summed = self.sums[self.places[name]]
-        summed += value.flatten(0, -2).sum(0, dtype=summed.dtype)
+        self.add(name, _token_sums(value.flatten(0, -2)))
 
     def finished(self) -> list[Tensor]:
         return [summed.to(parameter.dtype) for summed, parameter in zip(self.sums, self.like, strict=True)]
@@ -205,12 +257,14 @@ def _backward(
     chunk: int,
     attn_eps: float,
     ffn_eps: float,
+    slabs: int,
 ) -> list[Tensor]:
     """Gradients of x, of s and of the parameters."""
     settings = Settings(n_heads=n_heads, num_kv_heads=num_kv_heads, chunk=chunk, attn_eps=attn_eps, ffn_eps=ffn_eps)
     norm, weights = _unpack(parameters, settings)
     states, qkv, residual, wide, attended, lse = kept
     sums, width = _Sums(parameters), x.shape[2]
+    attn_norm, ffn_norm = (NormGradients(x, weight, eps) for weight, _, eps in (norm, weights.norm))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, grads, out = _chunks(x, chunk), _chunks(dy, chunk), _chunks(dx, chunk)
     # Of each chunk: gradients of the state after it, and of what its injection added to queries, keys and values.
@@ -218,41 +272,45 @@ def _backward(
     added = states.new_empty(*states.shape[:2], qkv.shape[-1])
     means = states.new_empty(*states.shape[:2], 5 * width)
     dglobal = None if weights.global_tokens is None else states.new_zeros(len(weights.global_tokens), 2 * _kv(weights))
-    ds = dlast
-    shifts = weights.injection(states.flatten(0, 1))[2].unflatten(0, states.shape[:2])
-    slabs = list(_slabs(len(rows), x.shape[0] * chunk, x.device))
-    for slab in reversed(slabs):
+    ds = dlast.clone()
+    dqs, _, dvs = (added.unflatten(0, states.shape[:2]) for added in weights.injection(states.flatten(0, 1)))
+    slabs_of_chunks = _slabs(len(rows), x.shape[0] * chunk, x.device)
+    fused = _fused(slabs, weights, slabs_of_chunks, x.shape[0], chunk)
+    for slab in reversed(slabs_of_chunks):
         dy_slab = grads[slab].contiguous()
-        r, before = residual[slab], wide[slab]
-        normed, mean, rstd = torch.native_layer_norm(r, (width,), *weights.norm)
-        hidden = F.gelu(before)
-        means[slab, :, :width], means[slab, :, width:] = (t.mean(2, dtype=means.dtype) for t in (r, hidden))
+        hidden = F.gelu(wide[slab])
+        means[slab, :, :width], means[slab, :, width:] = (
+            t.mean(2, dtype=means.dtype) for t in (residual[slab], hidden)
+        )
         sums.outer("down_w", dy_slab, hidden)
-        dwide = torch.mm(dy_slab.view(-1, width), weights.down[0], out=hidden.view(-1, 4 * width)).view_as(before)
-        dr, dqkv = dy_slab.clone(), torch.empty_like(qkv[slab])
-        for index in reversed(range(slab.start, slab.stop)):
-            at = index - slab.start
-            dstates[index] = ds
-            statistics = (mean[at], rstd[at])
-            chunk_kept = (states[index], qkv[index], residual[index], wide[index], attended[index], lse[index])
-            ds = _reverse(weights, ds, chunk_kept, statistics, dwide[at], dr[at], dqkv[at], added[index], dglobal, sums)
+        kept_slab = (qkv[slab], residual[slab], wide[slab], attended[slab], lse[slab])
+        written = (ds, dstates[slab], added[slab])
+        if fused is None:
+            inside = _reverse_chain(weights, dy_slab, states[slab], *kept_slab, *written, hidden, dglobal, sums)
+        else:
+            inside = _fused_reverse_chain(fused, weights, dy_slab, dqs[slab], *kept_slab, *written, ffn_norm)
+        normed, dwide, dr, dqkv = inside
         sums.outer("up_w", dwide, normed)
         sums.rows("up_b", dwide)
-        sums.outer("out_w", dr, attended[slab] + shifts[slab, :, None])
-        sums.rows("out_b", dr)
+        sums.outer("out_w", dr, attended[slab] + dvs[slab, :, None])
         sums.rows("down_b", dy_slab)
         x_slab = rows[slab].contiguous()
-        normed, mean, rstd = torch.native_layer_norm(x_slab, (width,), *norm)
-        sums.outer("qkv", dqkv, normed)
-        dnormed = (dqkv.flatten(0, 2) @ weights.qkv).view_as(x_slab)
-        dx_slab = _norm_backward(dnormed, x_slab, mean, rstd, norm[:2], sums, "attn")
-        torch.add(dr, dx_slab, out=out[slab])
+        sums.outer("qkv", dqkv, normalize(x_slab, *norm))
+        dnormed = dqkv.flatten(0, 2) @ weights.qkv
+        dx_slab = out[slab] if out[slab].is_contiguous() else torch.empty_like(x_slab)
+        attn_norm.rows(dnormed, x_slab.view(-1, width), out=dx_slab.view(-1, width), beside=dr.view(-1, width))
+        if dx_slab.data_ptr() != out[slab].data_ptr():
+            out[slab] = dx_slab
+    for name, gradient in zip(("attn_w", "attn_b", "out_b"), attn_norm.sums(), strict=True):
+        sums.add(name, gradient)
+    for name, gradient in zip(("norm_w", "norm_b"), ffn_norm.sums(), strict=False):
+        sums.add(name, gradient)
     _small_gradients(weights, states, dstates, added, means, dglobal, sums)
-    return [dx, ds.clone() if ds is dlast else ds, *sums.finished()]
+    return [dx, ds, *sums.finished()]
 
 
 @_backward.register_fake
-def _(dy, dlast, x, parameters, kept, n_heads, num_kv_heads, chunk, attn_eps, ffn_eps):
+def _(dy, dlast, x, parameters, kept, n_heads, num_kv_heads, chunk, attn_eps, ffn_eps, slabs):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return [
         dx,
@@ -264,6 +322,96 @@ def _(dy, dlast, x, parameters, kept, n_heads, num_kv_heads, chunk, attn_eps, ff
 def _kv(weights: ChainWeights) -> int:
     """Channels of all keys."""
     return (weights.qkv.shape[0] - weights.qkv.shape[1]) // 2
+
+
+def _reverse_chain(
+    weights: ChainWeights,
+    dy: Tensor,
+    states: Tensor,
+    qkv: Tensor,
+    residual: Tensor,
+    wide: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    ds: Tensor,
+    dstates: Tensor,
+    added: Tensor,
+    buffer: Tensor,
+    dglobal: Tensor | None,
+    sums: _Sums,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reverse chain of a slab: (normed residual, gradients of wide, of residual, of qkv).
+
+    Overwrites ds, of the state after the slab before and of that before it after, dstates and added. buffer: of the
+    shape of wide.
+    """
+    width = dy.shape[-1]
+    normed, mean, rstd = torch.native_layer_norm(residual, (width,), *weights.norm)
+    dwide = torch.mm(dy.view(-1, width), weights.down[0], out=buffer.view(-1, 4 * width)).view_as(wide)
+    dr, dqkv = dy.clone(), torch.empty_like(qkv)
+    for index in reversed(range(len(dy))):
+        dstates[index] = ds
+        kept = tuple(tensor[index] for tensor in (states, qkv, residual, wide, attended, lse))
+        grads = (dwide[index], dr[index], dqkv[index], added[index])
+        ds.copy_(_reverse(weights, ds, kept, (mean[index], rstd[index]), *grads, dglobal, sums))
+    return normed, dwide, dr, dqkv
+
+
+def _fused_reverse_chain(
+    slab: TrainingSlab,
+    weights: ChainWeights,
+    dy: Tensor,
+    dq: Tensor,
+    qkv: Tensor,
+    residual: Tensor,
+    wide: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    ds: Tensor,
+    dstates: Tensor,
+    added: Tensor,
+    ffn_norm: NormGradients,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_reverse_chain` in fused kernels; dq `[count, B, D]`: what the injection adds to queries."""
+    count, width, heads = len(dy), dy.shape[-1], (weights.n_heads, -1)
+    norm_w, norm_b, eps = weights.norm
+    along, _, rstd = torch.native_layer_norm(residual, (width,), None, None, eps)
+    flat, out_w = dy.view(-1, width), weights.out[0]
+    with slab.lock:
+        run = slab.runner("backward", count)
+        torch.mm(flat, weights.down[0], out=slab.hidden[:count].view(-1, 4 * width))
+        torch.mm(flat, out_w, out=slab.from_dy[:count].view(-1, width))
+        torch.mm(along.view(-1, width), out_w, out=slab.along[:count].view(-1, width))
+        slab.rstd[:count] = rstd.squeeze(-1)
+        torch.add(qkv[..., :width], dq[:, :, None], out=slab.qkv[:count, ..., :width])
+        slab.qkv[:count, ..., width:] = qkv[..., width:]
+        slab.wide[:count].copy_(wide.flatten(1, 2))
+        slab.attended[:count] = attended
+        slab.lse[:count] = lse
+        slab.s.copy_(ds)
+        run()
+        ds.copy_(slab.s)
+        dstates.copy_(slab.dstates[:count, :, : ds.shape[1]])
+        dwide = slab.hidden[:count].view(wide.shape)
+        dattended, seen = slab.dattended[:count], slab.qkv[:count].flatten(0, 1)
+        # What is not on the chain: the gradient of the residual, and all of the attention's, for all chunks at once.
+        dmean = (dstates / dy.shape[2]).to(dy.dtype) @ weights.state[0]
+        dnormed, dr = dwide.flatten(0, 2) @ weights.up[0], torch.empty_like(residual)
+        ffn_norm.rows(dnormed, residual.view(-1, width), out=dr.view(-1, width), beside=flat)
+        dr += dmean[:, :, None]
+        keys, values = seen[..., width:].unflatten(-1, (2, weights.num_kv_heads, -1)).unbind(2)
+        grads = _attention_backward(
+            dattended.flatten(0, 1).unflatten(-1, heads), seen[..., :width].unflatten(-1, heads), keys, values,
+            attended.flatten(0, 1).unflatten(-1, heads), lse.flatten(0, 1),
+        )  # fmt: skip
+        dqkv = torch.cat([grad.flatten(2) for grad in grads], dim=-1).view_as(qkv)
+        kv_width = _kv(weights)
+        added[..., :width] = _token_sums(dqkv[..., :width])
+        added[..., width : width + kv_width] = 0.0
+        every = _token_sums(dattended).unflatten(-1, (weights.num_kv_heads, -1, width // weights.n_heads))
+        added[..., width + kv_width :] = every.sum(3).flatten(2)
+        normed = torch.addcmul(norm_b, along, norm_w)
+        return normed, dwide, dr, dqkv
 
 
 def _reverse(
@@ -290,7 +438,7 @@ def _reverse(
     torch.ops.aten.gelu_backward.grad_input(dwide, wide, grad_input=dwide)
     dnormed = (dwide.flatten(0, 1) @ weights.up[0]).view_as(residual)
     dr += dmean[:, None]
-    dr += _norm_backward(dnormed, residual, *statistics, weights.norm[:2], sums, "norm")
+    dr += _ffn_norm_backward(dnormed, residual, *statistics, weights.norm[:2], sums)
     dattended = (dr.flatten(0, 1) @ weights.out[0]).view_as(attended)
 
     dq, dkv, _ = weights.injection(s)
@@ -347,14 +495,13 @@ def _small_gradients(
         sums.add("qkv", F.pad(dglobal.t() @ weights.global_tokens, (0, 0, width, 0)))
 
 
-def _norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, affine: tuple[Tensor, Tensor], sums: _Sums, name: str
+def _ffn_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, affine: tuple[Tensor, Tensor], sums: _Sums
 ) -> Tensor:
-    width = x.shape[-1]
     every = [True, True, True]
-    dx, dw, db = torch.ops.aten.native_layer_norm_backward(grad, x, (width,), mean, rstd, *affine, every)
-    sums.add(f"{name}_w", dw)
-    sums.add(f"{name}_b", db)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, *affine, every)
+    sums.add("norm_w", dw)
+    sums.add("norm_b", db)
     return dx
 
 

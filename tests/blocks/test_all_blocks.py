@@ -505,3 +505,24 @@ def test_on_a_gpu(name, dtype):
     for out in (y, whole, torch.cat(pieces, 1)):
         assert out.isfinite().all()
         assert relative(out, want) < tolerance
+
+
+@pytest.mark.cuda
+@every_block
+def test_in_a_cuda_graph_of_the_caller(name):
+    shape = {"d_model": 64, "device": "cuda", "dtype": torch.bfloat16}
+    block, x = make(name, **shape), tokens(257, **shape)
+    with torch.inference_mode():
+        given = torch.zeros_like(x)
+        # On a side stream, as `longctx sweep --cuda-graph` does it.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            block(given, keep_state=False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = block(given, keep_state=False)
+        given.copy_(x)
+        graph.replay()
+        assert relative(out, block(x, keep_state=False)[0]) < 1e-2

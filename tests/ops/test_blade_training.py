@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from longctx import blocks
 from longctx.blocks.blade import reference
-from longctx.ops import blade_training
+from longctx.ops import blade_training, blade_training_graph
 from longctx.ops.blade_training import whole_chunks
+from longctx.ops.blade_training_graph import TrainingSlabs
 
 
 def make(*, device=None, dtype=torch.float64, d_model=12, n_heads=4, chunk_size=4, state_dim=5, **options):
@@ -36,7 +42,7 @@ def test_gradients_against_finite_differences(options, monkeypatch):
 
     def run(x, s, *values):
         with torch.nn.utils.stateless._reparametrize_module(block, dict(zip(names, values, strict=True))):
-            return whole_chunks(x, s, norm_of(block), block._chain_weights(), block.chunk_size)
+            return whole_chunks(x, s, norm_of(block), block._chain_weights(), block.chunk_size, TrainingSlabs())
 
     assert torch.autograd.gradcheck(run, (x, s, *values), fast_mode=True, atol=1e-6)
 
@@ -82,12 +88,12 @@ def test_opcheck(options):
     weights = block._chain_weights()
     parameters = [*norm_of(block)[:2], *weights.inject, weights.qkv, *weights.out, *weights.norm[:2], *weights.up]
     parameters += [*weights.down, *weights.state, *([] if weights.global_tokens is None else [weights.global_tokens])]
-    arguments = (x, s, parameters, 4, 4, 4, 1e-5, 1e-5)
+    arguments = (x, s, parameters, 4, 4, 4, 1e-5, 1e-5, 0)
     torch.library.opcheck(torch.ops.longctx.blade_chunks, arguments)
     with torch.no_grad():
         _, _, *kept = torch.ops.longctx.blade_chunks(*arguments)
         parameters = [p.detach() for p in parameters]
-        arguments = (x.detach(), s.detach(), x.detach(), parameters, kept, 4, 4, 4, 1e-5, 1e-5)
+        arguments = (x.detach(), s.detach(), x.detach(), parameters, kept, 4, 4, 4, 1e-5, 1e-5, 0)
         torch.library.opcheck(torch.ops.longctx.blade_chunks_backward, arguments)
 
 
@@ -117,3 +123,79 @@ def test_half_precision(dtype):
         gradients(block, x, lambda block, x: block(x)), gradients(copy.deepcopy(block).double(), x.double(), reference)
     )
     assert error < {torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype], errors
+
+
+# -- the fused kernels ---------------------------------------------------------------------------------------
+
+FUSED = [
+    {},
+    {"chunk_size": 1, "batch": 2},
+    {"chunk_size": 65},
+    {"chunk_size": 40, "batch": 2, "num_kv_heads": 2},
+    {"chunk_size": 100},
+    {"chunk_size": 30, "d_model": 128, "n_heads": 2, "state_dim": 70, "num_kv_heads": 1},
+]
+
+
+def fused_case(*, device, dtype, batch=1, **options):
+    """(block, x) of three chunks and a bit."""
+    shape = {"d_model": 64, "n_heads": 4, "chunk_size": 64, "state_dim": 16, **options}
+    block = make(device=device, dtype=dtype, **shape)
+    with torch.no_grad():
+        # A recurrence that amplifies leaves the range of fp16.
+        block.state_proj.weight.mul_(20.0 / shape["d_model"])
+    return block, torch.randn(batch, 3 * block.chunk_size + 1, shape["d_model"], device=device, dtype=dtype)
+
+
+def fused_error(block, x):
+    want = gradients(copy.deepcopy(block).double(), x.double(), reference)
+    return worst(gradients(block, x, lambda block, x: block(x)), want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [*FUSED, {"d_model": 512, "n_heads": 8, "chunk_size": 512}], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 1e-2)])
+def test_fused_training(options, dtype, tolerance):
+    block, x = fused_case(device="cuda", dtype=dtype, **options)
+    error, errors = fused_error(block, x)
+    assert error < tolerance, errors
+    assert block._training_slabs.slabs, "the fused kernels did not run"
+
+
+@pytest.mark.cuda
+def test_training_slabs_go_with_the_block():
+    gc.collect()
+    block, x = fused_case(device="cuda", dtype=torch.bfloat16)
+    twin = copy.deepcopy(block)
+    for each in (block, twin):
+        each(x)[0].sum().backward()
+    assert len(blade_training_graph._shared) == 1
+    assert torch.equal(block.ffn_up.weight.grad, twin.ffn_up.weight.grad)
+    del block, twin, each
+    gc.collect()
+    assert not blade_training_graph._shared
+
+
+def test_fused_training_under_the_interpreter():
+    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+    code = """
+import torch
+from longctx.ops import blade_backward_kernels, blade_kernels, blade_training, blade_training_graph
+from test_blade_training import FUSED, fused_case, fused_error
+blade_training_graph.fits = lambda weights: True
+for index, options in enumerate(FUSED):
+    several = 2 * options.get("chunk_size", 64) * options.get("batch", 1)
+    blade_training.CPU_SLAB_TOKENS, most = ((1000, 256), (several, 1))[index % 2]
+    blade_kernels.MOST_PARTS = blade_backward_kernels.MOST_PARTS = most
+    torch.manual_seed(0)
+    block, x = fused_case(device="cpu", dtype=torch.float16, **options)
+    error, errors = fused_error(block, x)
+    assert block._training_slabs.slabs
+    assert error < 1e-2, (options, errors)
+print("ok")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr[-2000:]

@@ -1,0 +1,98 @@
+"""The fused kernels of BLADE's chain against torch's own, on a GPU and under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longctx import blocks
+from longctx.ops.blade_chain import chain
+
+CASES = [
+    {},
+    {"chunk": 1},
+    {"chunk": 63},
+    {"chunk": 65},
+    {"chunk": 130, "batch": 2},
+    {"n_heads": 4, "num_kv_heads": 2, "batch": 2},
+    {"n_heads": 4, "num_kv_heads": 1, "state_dim": 5},
+    {"d_model": 128, "n_heads": 2, "state_dim": 70, "count": 2},
+]
+
+
+def case(*, device, dtype, count=3, batch=1, chunk=64, d_model=64, n_heads=4, num_kv_heads=None, state_dim=16):
+    """(weights of a block, inputs of a chain) with a state that matters and a norm that does something."""
+    shape = {"d_model": d_model, "n_heads": n_heads, "num_kv_heads": num_kv_heads, "state_dim": state_dim}
+    block = blocks.build("BLADE", **shape, device=device, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.add_((0.3 if "state" in name else 0.1) * torch.randn_like(parameter))
+    weights = block._chain_weights()
+    x = torch.randn(count, batch, chunk, d_model, device=device, dtype=dtype) + 1.0
+    qkv = torch.randn(count, batch, chunk, weights.qkv.shape[0], device=device, dtype=dtype)
+    return weights, (x, qkv, torch.randn(batch, state_dim, device=device))
+
+
+def exact(weights, x, qkv, s):
+    """residual, hidden and s of the same chain in fp64."""
+    weights = weights.to(torch.float64)
+    x, qkv, s = (t.double() for t in (x, qkv, s))
+    hidden = x.new_empty(x.shape[0], x.shape[1] * x.shape[2], weights.up[0].shape[0])
+    s = chain(weights, x, qkv, s, residual=x, hidden=hidden)
+    return x, hidden, s
+
+
+def fused(module, weights, x, qkv, s, **options):
+    composed = module.Composed(weights)
+    composed.compose()
+    residual, s = x.clone(), s.clone()
+    hidden = x.new_full((x.shape[0], x.shape[1] * x.shape[2], weights.up[0].shape[0]), float("nan"))
+    module.fused_chain(composed, residual, qkv, hidden, s, **options)
+    return residual, hidden, s
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [*CASES, {"d_model": 512, "n_heads": 8, "chunk": 512, "state_dim": 64}], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_the_kernels_agree_with_the_definition(options, dtype, tolerance):
+    from longctx.ops import blade_kernels
+
+    with torch.inference_mode():
+        weights, inputs = case(device="cuda", dtype=dtype, **options)
+        assert blade_kernels.fits(weights)
+        found, again = (fused(blade_kernels, weights, *inputs) for _ in range(2))
+        for got, same, want in zip(found, again, exact(weights, *inputs), strict=True):
+            assert relative(got, want) < tolerance
+            assert torch.equal(got, same)
+
+
+def test_the_kernels_under_the_interpreter():
+    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+    code = """
+import torch
+from test_blade_kernels import CASES, case, exact, fused, relative
+from longctx.ops import blade_kernels
+with torch.inference_mode():
+    for options in CASES:
+        weights, inputs = case(device="cpu", dtype=torch.float16, **options)
+        for most in (blade_kernels.MOST_PARTS, 1):
+            blade_kernels.MOST_PARTS = most
+            for got, want in zip(fused(blade_kernels, weights, *inputs), exact(weights, *inputs)):
+                error = relative(got, want)
+                assert error < 3e-3, (options, most, error)
+print("ok")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr[-2000:]
