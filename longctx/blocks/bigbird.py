@@ -8,7 +8,7 @@ an odd window centred on i, globals at both ends that see everything themselves,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,14 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, visible_blocks
-from longctx.ops.block_sparse_attention import BlockSparse, block_sparse_attention, kernel_fits
+from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, transposed_plan, visible_blocks
+from longctx.ops.block_sparse_attention import (
+    BlockSparse,
+    block_sparse_attention,
+    fused,
+    kernel_fits,
+    packed_block_sparse_attention,
+)
 
 
 @dataclass
@@ -83,6 +89,7 @@ class BigBirdBlock(PreNormBlock):
         self._given_plan: Tensor | None = None
         self._after_holes = 0
         self._drawn: Tensor | None = None
+        self._transposed: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     # -- which blocks ---------------------------------------------------------------------------------------
 
@@ -105,9 +112,10 @@ class BigBirdBlock(PreNormBlock):
         if short or (not self.causal and drawn.shape[1] != n_blocks):
             # A causal plan is a prefix of longer ones: doubling spares a stream of steps a new one at each block.
             count = 1 << (n_blocks - 1).bit_length() if self.causal else n_blocks
-            drawn = self._drawn = draw_random_blocks(
-                self.pattern, seed=self.seed, n_heads=self.n_heads, n_blocks=count, device=device
-            )
+            with torch.inference_mode(False):  # autograd refuses to save what inference mode made
+                drawn = self._drawn = draw_random_blocks(
+                    self.pattern, seed=self.seed, n_heads=self.n_heads, n_blocks=count, device=device
+                )
         return drawn[:, :n_blocks]
 
     def set_plan(self, plan: Tensor | None) -> None:
@@ -123,7 +131,18 @@ class BigBirdBlock(PreNormBlock):
         first, last = self.pattern.inner(plan.shape[1])
         holes = (plan[:, first:last] < 0).flatten(2).any(-1).any(0).nonzero()
         self._after_holes = first + int(holes.max()) + 1 if len(holes) else 0
-        self._given_plan = plan.detach().clone()
+        with torch.inference_mode(False):
+            self._given_plan = plan.detach().clone()
+
+    def _readers(self, length: int) -> tuple[Tensor, Tensor]:
+        """The plan for T = length transposed, which gradients ask for; kept from step to step."""
+        n_blocks = self.pattern.count(length)
+        plan = self.plan(length)
+        source = self._drawn if self._given_plan is None else self._given_plan
+        known = self._transposed
+        if known is None or known[0] is not source or known[1] != n_blocks:
+            known = self._transposed = (source, n_blocks, transposed_plan(plan, n_blocks))
+        return known[2]
 
     def _complete(self, length: int) -> range:
         """Query blocks with nothing missing from their lists, which spares them a mask."""
@@ -133,13 +152,12 @@ class BigBirdBlock(PreNormBlock):
     # -- the mixer ------------------------------------------------------------------------------------------
 
     def mix(self, u: Tensor, state: BigBirdState | None, keep_state: bool) -> tuple[Tensor, BigBirdState | None]:
-        q, k, v = self.split_qkv(self.qkv_proj(u))
+        qkv = self.qkv_proj(u)
+        q, k, v = self.split_qkv(qkv)
         state = self._state(u.shape[0], k) if state is None else state
         if state.keys.shape[0] != u.shape[0]:
             raise UsageError(f"the state is of a batch of {state.keys.shape[0]}, the input of {u.shape[0]}")
         start, length = state.position, state.position + u.shape[1]
-        size = self.pattern.block_size
-        keys, values = _append(state.keys, k, start, size), _append(state.values, v, start, size)
         sparse = BlockSparse(
             pattern=self.pattern,
             plan=self.plan(length),
@@ -148,6 +166,18 @@ class BigBirdBlock(PreNormBlock):
             length=length,
         )
         dropout = self.dropout if self.training else 0.0
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        carried = start > 0 or keep_state
+        in_place = fused(q, keys, values, sparse)
+        if in_place and torch.is_grad_enabled():
+            sparse = replace(sparse, readers=self._readers(length))
+        if in_place and torch.is_grad_enabled() and not carried:
+            qkv = qkv.unflatten(-1, (-1, self.head_dim))
+            attended = packed_block_sparse_attention(qkv, self.n_heads, sparse, dropout=dropout)
+            return self.out_proj(attended.flatten(2)), None
+        if carried or not in_place:
+            size = self.pattern.block_size
+            keys, values = _append(state.keys, k, start, size), _append(state.values, v, start, size)
         attended = block_sparse_attention(q, keys, values, sparse, dropout=dropout)
         return self.out_proj(attended.flatten(2)), BigBirdState(keys, values, length) if keep_state else None
 
@@ -161,7 +191,7 @@ class BigBirdBlock(PreNormBlock):
         return BigBirdState(like.new_empty(shape), like.new_empty(shape), 0)
 
     def _infer(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
-        if self.causal and state is None:
+        if self.causal and state is None and (keep_state or len(list(self._slabs(x))) > 1):
             # The shell streams slab after slab: room for all at once spares the growing buffer its copies.
             capacity = self.pattern.count(x.shape[1]) * self.pattern.block_size
             state = self._state(x.shape[0], x, capacity)
@@ -172,7 +202,10 @@ class BigBirdBlock(PreNormBlock):
         weight = self.qkv_proj.weight
         if weight.device.type == "cpu":
             direct = self.causal and weight.dtype in (torch.float32, torch.float64)
-            return "global, window and random products" if direct else "gathered blocks, SDPA"
+            if not direct or (self.training and self.dropout):
+                return "gathered blocks, SDPA"
+            products = "global, window and random products"
+            return f"{products}, gradients through gathered blocks" if self.training else products
         if kernel_fits(self.pattern, weight, self.head_dim):
             return "Triton list attention"
         return "gathered blocks, SDPA with bottom-right causal mask" if self.causal else "gathered blocks, SDPA"

@@ -27,7 +27,7 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
-from longctx.ops.window_attention import window_attention, window_attention_path
+from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 try:
     from longctx.ops import gated_mix_kernel as fused
@@ -212,7 +212,12 @@ class DPASSMBlock(PreNormBlock):
         self, u: Tensor, state: DPASSMState, s_end: Tensor, keep_state: bool
     ) -> tuple[Tensor, DPASSMState | None]:
         """Attention as autograd can follow it: u `[B, t, D]` -> (attended `[B, t, D]`, state)."""
-        q, kv = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
+        qkv = self.qkv_proj(u)
+        if not state.kv.shape[1] and not keep_state:
+            qkv = qkv.unflatten(-1, (-1, self.head_dim))
+            how = {"window": self.window_size, "dropout_p": self.dropout if self.training else 0.0}
+            return packed_window_attention(qkv, n_heads=self.n_heads, **how).flatten(2), None
+        q, kv = qkv.split([self.d_model, self._kv_width], dim=-1)
         if state.kv.shape[1]:
             kv = torch.cat([state.kv.to(kv.dtype), kv], dim=1)
         attended = self._window(q, kv)

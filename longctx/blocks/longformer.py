@@ -24,7 +24,7 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.dense_attention import dense_attention
 from longctx.ops.key_values import KeyValues
-from longctx.ops.window_attention import window_attention, window_attention_path
+from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 
 @dataclass(kw_only=True)
@@ -169,7 +169,9 @@ class LongformerBlock(PreNormBlock):
         return LongformerStream(live=live, seen=state.seen, first=state.first, reach=recent.reach)
 
     def mix(self, u: Tensor, state: LongformerState | None, keep_state: bool) -> tuple[Tensor, LongformerState | None]:
-        mixed = self._mix_causal(u, state, keep_state) if self.causal else (self._mix_both_ways(u), None)
+        # Without autograd a causal sequence comes in slabs, and each carries the next on.
+        whole = not self.causal or (torch.is_grad_enabled() and state is None and not keep_state)
+        mixed = (self._mix_whole(u), None) if whole else self._mix_causal(u, state, keep_state)
         return self.out_proj(mixed[0].flatten(2)), mixed[1]
 
     def _mix_causal(
@@ -231,19 +233,28 @@ class LongformerBlock(PreNormBlock):
             key_offset=self.num_global_tokens,
         )
 
-    def _mix_both_ways(self, u: Tensor) -> Tensor:
-        q, kv = self._project(self.qkv_proj, u)
+    def _mix_whole(self, u: Tensor) -> Tensor:
+        """Attention of a whole sequence, nothing carried: u `[B, T, D]` -> `[B, T, H, K]`."""
+        qkv = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))
         head = min(self.num_global_tokens, u.shape[1])
-        parts = []
-        if head:
-            weight_q, weight_kv = self.qkv_global_proj.weight.split([self.d_model, kv[0, 0].numel()])
-            global_q = F.linear(u[:, :head], weight_q).unflatten(-1, (self.n_heads, self.head_dim))
-            rows = F.linear(u, weight_kv).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
-            dropout = self.dropout if self.training else 0.0
-            parts.append(dense_attention(global_q, *rows.unbind(2), causal=False, dropout_p=dropout))
-        if head < u.shape[1]:
-            parts.append(self._attend(q[:, head:], kv[:, head:], first=kv[:, :head] if head else None))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        dropout_p = self.dropout if self.training else 0.0
+        rows = None
+        if head and self.causal:
+            rows = self._attend(*self._project(self.qkv_global_proj, u[:, :head]), window_size=head, dilation=1)
+        elif head:
+            weights = self.qkv_global_proj.weight
+            global_q = F.linear(u[:, :head], weights[: self.d_model]).unflatten(-1, (self.n_heads, self.head_dim))
+            kv = F.linear(u, weights[self.d_model :]).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+            rows = dense_attention(global_q, *kv.unbind(2), causal=False, dropout_p=dropout_p)
+        return packed_window_attention(
+            qkv,
+            n_heads=self.n_heads,
+            window=self.window_size,
+            dilation=self.dilation,
+            causal=self.causal,
+            dropout_p=dropout_p,
+            global_rows=rows,
+        )
 
     def _project(self, projection: nn.Linear, u: Tensor) -> tuple[Tensor, Tensor]:
         """u `[B, t, D]` -> q `[B, t, H, K]`, keys and values `[B, t, 2, G, K]`: views of one product."""

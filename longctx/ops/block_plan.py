@@ -126,6 +126,18 @@ def visible_blocks(pattern: BlockPattern, plan: Tensor, first: int, last: int, n
     return torch.cat(parts, dim=-1)
 
 
+def transposed_plan(plan: Tensor, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """(readers int32 `[H, n * r]`, ends int32 `[H, n + 1]`): which query blocks have drawn each key block.
+
+    Those of block j are readers[ends[j]:ends[j + 1]], ascending. plan `[H, >= n, r]`, -1 for none.
+    """
+    picks = plan.shape[2]
+    drawn = plan[:, :n_blocks].flatten(1)
+    ordered, order = torch.where(drawn < 0, n_blocks, drawn).sort(dim=1, stable=True)
+    blocks = torch.arange(n_blocks + 1, device=plan.device).expand(plan.shape[0], -1).contiguous()
+    return (order // max(picks, 1)).to(torch.int32), torch.searchsorted(ordered, blocks).to(torch.int32)
+
+
 def check_plan(pattern: BlockPattern, plan: Tensor, n_heads: int) -> None:
     """Raises UsageError unless plan is int64 `[H, n, r]`: -1, or distinct blocks that may be random ones."""
     picks = pattern.num_random_blocks

@@ -20,6 +20,7 @@ from longctx.ops.block_plan import BlockPattern, visible_blocks
 
 try:
     from longctx.ops import list_attention_kernel as kernel
+    from longctx.ops import packed_attention_kernel as packed
 except ImportError:  # a torch without Triton: lists are then gathered for torch's own kernels
     kernel = None
 
@@ -39,7 +40,8 @@ class BlockSparse:
 
     plan: random blocks `[H, >= n, r]`, as `draw_random_blocks` gives them. complete: query blocks from whose
     lists nothing is missing (`BlockPattern.complete`, less those with a -1 in the plan). start: position of the
-    first query. length: number of keys; when causal, start + t.
+    first query. length: number of keys; when causal, start + t. readers: the random blocks transposed, as
+    `transposed_plan` gives them, for the gradients of the kernel; None: made when they are needed.
     """
 
     pattern: BlockPattern
@@ -47,6 +49,7 @@ class BlockSparse:
     complete: range
     start: int
     length: int
+    readers: tuple[Tensor, Tensor] | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -71,22 +74,35 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse,
     """q `[B, t, H, K]`, k and v `[B, G, S, K]` contiguous -> `[B, t, H, K]`, scores scaled by 1 / sqrt(K).
 
     S is a multiple of block_size; keys from `length` on are never seen but must be finite. dropout: probability
-    that an attention weight is zeroed. Gradients are exact and recomputed slab by slab, so no list of gathered
-    keys is kept. The pattern is that of Zaheer et al. 2020, arXiv 2007.14062.
+    that an attention weight is zeroed. Gradients are exact and recomputed, tile by tile in the kernel and slab by
+    slab without it, so no list of gathered keys is kept. The pattern is that of Zaheer et al. 2020, arXiv 2007.14062.
     """
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if kernel is not None and not grads and not dropout and kernel.fits(q, sparse):
-        return kernel.list_attention(q, k, v, sparse)
+    if fused(q, k, v, sparse):
+        return kernel.list_attention(q, k, v, sparse, dropout)
     return _BlockSparseAttention.apply(q, k, v, sparse, dropout)
 
 
+def packed_block_sparse_attention(qkv: Tensor, n_heads: int, sparse: BlockSparse, *, dropout: float = 0.0) -> Tensor:
+    """The same for a whole sequence from its projection: qkv `[B, T, H + 2G, K]` -> `[B, T, H, K]`.
+
+    Only where `fused` says so of its parts. The gradient of qkv is written as one tensor.
+    """
+    return packed.packed_lists(qkv, n_heads, sparse, dropout)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse) -> bool:
+    """Whether the fused kernels do the work, gradients and dropout included.
+
+    They also take keys and values that are not contiguous, and no more of them than `length`.
+    """
+    return kernel is not None and kernel.fits(q, k, v, sparse)
+
+
 def kernel_fits(pattern: BlockPattern, like: Tensor, head_dim: int) -> bool:
-    """Whether the fused kernel does the forward pass without gradients, on the device and in the dtype of `like`."""
-    if kernel is None:
-        return False
+    """Whether the fused kernels do the work, gradients included, on the device and in the dtype of `like`."""
     q = like.new_empty(1, 1, 1, head_dim)
     plan = torch.empty(1, 1, pattern.num_random_blocks, dtype=torch.int64, device=like.device)
-    return kernel.fits(q, BlockSparse(pattern=pattern, plan=plan, complete=range(0), start=0, length=1))
+    return fused(q, q, q, BlockSparse(pattern=pattern, plan=plan, complete=range(0), start=0, length=1))
 
 
 class _BlockSparseAttention(torch.autograd.Function):

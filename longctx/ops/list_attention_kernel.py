@@ -1,110 +1,208 @@
-"""Attention of each query block to its list of key blocks in one Triton kernel: forward, causal, half precision.
+"""Attention of each query block to its list of key blocks in Triton: causal, one kernel forward, two or three backward.
 
-A program takes one query block of one head and walks over its list: the diagonal block first, so that no row is ever
-without a key, then globals, random blocks and the rest of the window. Nothing is gathered and no list is written out:
-globals and window follow from the block's number, random blocks are read from the plan. Softmax is taken online
-(Milakov and Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691).
+A program of the forward pass takes one query block of one head and walks over its list: the diagonal block first, so
+that no row is ever without a key, then globals, random blocks and the rest of the window. Nothing is gathered and no
+list is written out: globals and window follow from the block's number, random blocks are read from the plan. The
+backward pass is in `list_attention_gradients`; both are one operator of torch, `torch.ops.longctx.list_attention`.
 
 Letters: B batch, t queries, S keys, H query heads, G key-value heads, K head width, b block_size, r random blocks.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longctx.ops.attention_tile import LN_2, LOG2_E, add, kept, load_rows, store_rows
+from longctx.ops.block_plan import transposed_plan
+from longctx.ops.window_attention_kernel import MOST_STRIDE, on_device
+
 if TYPE_CHECKING:
     from longctx.ops.block_sparse_attention import BlockSparse
 
-LOG2_E = 1.4426950408889634
 
-
-def fits(q: Tensor, sparse: BlockSparse) -> bool:
-    """Whether the kernel can do these queries."""
+def fits(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse) -> bool:
+    """Whether the kernels can do these queries, with gradients and dropout or without; k, v `[B, G, S, K]`."""
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
+        and q.dtype == k.dtype == v.dtype
         and sparse.pattern.causal
         and sparse.pattern.block_size in (16, 32, 64, 128)
         and q.shape[3] in (16, 32, 64, 128)
-        and q.stride(3) == 1
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and max(q.stride(1), k.stride(2), v.stride(2)) < MOST_STRIDE
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 
 
-def list_attention(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse) -> Tensor:
-    """q `[B, t, H, K]`, k and v `[B, G, S, K]` contiguous -> `[B, t, H, K]`, as `block_sparse_attention` does."""
+def list_attention(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, dropout: float = 0.0) -> Tensor:
+    """q `[B, t, H, K]`, k and v `[B, G, S >= length, K]` -> `[B, t, H, K]`, as `block_sparse_attention` does.
+
+    dropout: of the attention weights, drawn from torch's generator of the device. Differentiable.
+    """
+    pattern, plan = sparse.pattern, sparse.plan
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    seed = torch.randint(1 << 62, (1,), device=q.device) if dropout else None
+    numbers = (pattern.num_global_blocks, pattern.num_window_blocks, pattern.block_size, sparse.start, sparse.length)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        readers, ends = sparse.readers or transposed_plan(plan, sparse.n_blocks)
+        return torch.ops.longctx.list_attention.default(q, k, v, plan, readers, ends, *numbers, dropout, seed)[0]
+    # Without autograd the operator's bookkeeping would only cost time, and the sums are not needed.
+    return run_forward(q, k, v, plan, *numbers, dropout, seed, keep_sums=False)[0]
+
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    num_globals: int,
+    window: int,
+    size: int,
+    start: int,
+    length: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    keep_sums: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """k, v `[B, S, G, K]` -> (out `[B, t, H, K]`, log-sum-exp `[B, H, t]` in fp32, empty unless keep_sums)."""
     batch, tokens, heads, width = q.shape
-    pattern, size = sparse.pattern, sparse.pattern.block_size
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    first = sparse.start // size
-    grid = (triton.cdiv(sparse.length, size) - first, heads, batch)
-    plan = sparse.plan
-    # On a CPU under Triton's interpreter, which tests use.
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        _list_attention[grid](
-            q, k, v, plan, out,
-            q.stride(0), q.stride(1), q.stride(2), plan.stride(0), plan.stride(1), k.shape[2],
-            first, sparse.start, sparse.length, tokens, heads, heads // k.shape[1], width**-0.5 * LOG2_E,
-            GLOBALS=pattern.num_global_blocks, WINDOW=pattern.num_window_blocks, PICKS=pattern.num_random_blocks,
-            SIZE=size, K=width, num_warps=4 if size * width <= 64 * 64 else 8, num_stages=3,
+    sums = q.new_empty((batch, heads, tokens) if keep_sums else (0,), dtype=torch.float32)
+    first = start // size
+    with on_device(q):
+        _list[(triton.cdiv(length, size) - first, heads, batch)](
+            q, k, v, plan, out, sums, out if seed is None else seed,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], plan.stride(0), plan.stride(1),
+            first, start, length, tokens, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
+            GLOBALS=num_globals, WINDOW=window, PICKS=plan.shape[2],
+            SIZE=size, K=width, SUMS=keep_sums, DROPOUT=dropout_p > 0, **launch(size, width, 3),
         )  # fmt: skip
-    return out
+    return out, sums
+
+
+def launch(size: int, width: int, stages: int) -> dict[str, int]:
+    """Warps and pipeline stages for blocks of `size` tokens."""
+    return {"num_warps": 4 if size * width <= 64 * 64 else 8, "num_stages": stages}
 
 
 @triton.jit
-def _list_attention(
-    queries, keys, values, plan, out,
-    q_batch, q_token, q_head, plan_head, plan_block, capacity,
-    first, start, length, tokens, heads, group, scale,
+def _list(
+    queries, keys, values, plan, out, sums, seed,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, plan_head, plan_block,
+    first, start, length, tokens, group, scale, dropout,
     GLOBALS: tl.constexpr, WINDOW: tl.constexpr, PICKS: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr,
+    SUMS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     # The last blocks have full lists, the first ones short ones: long work starts first.
     block = first + tl.num_programs(0) - 1 - tl.program_id(0)
-    head, item = tl.program_id(1), tl.program_id(2)
-    rows = block * SIZE + tl.arange(0, SIZE)
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    inside = tl.arange(0, SIZE)
+    rows = block * SIZE + inside
     there = (rows >= start) & (rows < length)
-    lanes = tl.arange(0, K)
-    at = item.to(tl.int64) * q_batch + (rows - start).to(tl.int64) * q_token + head * q_head
-    q = tl.load(queries + at[:, None] + lanes[None, :], mask=there[:, None], other=0.0)
-    # No column of k or v is cut off: what lies behind the last token inside its block is zero, and hidden below.
-    base = (item.to(tl.int64) * (heads // group) + head // group) * capacity * K
-    inside = tl.arange(0, SIZE)[:, None] * K + lanes[None, :]
+    # Queries are counted from `start` on in memory, here by their position.
+    q = load_rows(queries + item * q_batch + head * q_head, block * SIZE - start, q_token, there, SIZE, K, True)
+    keys += item * k_batch + (head // group) * k_head
+    values += item * v_batch + (head // group) * v_head
+    plan += head * plan_head + tl.cast(block, tl.int64) * plan_block
+    lane = (item * heads + head).to(tl.int32)
+    if DROPOUT:
+        seed = tl.load(seed)
 
-    place = base + block.to(tl.int64) * SIZE * K
-    k = tl.load(keys + place + inside)
-    v = tl.load(values + place + inside)
-    columns = tl.arange(0, SIZE)
-    scores = tl.where(columns[:, None] >= columns[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-    top = tl.max(scores, 1)
-    p = tl.exp2(scores - top[:, None])
-    total = tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v)
-
-    oldest = block - WINDOW + 1
+    k = load_rows(keys, block * SIZE, k_token, rows < length, SIZE, K, True)
+    v = load_rows(values, block * SIZE, v_token, rows < length, SIZE, K, True)
+    top = tl.full((SIZE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIZE,), tl.float32)
+    acc = tl.zeros((SIZE, K), tl.float32)
+    let = True
+    if DROPOUT:
+        let = kept(seed, lane, rows[:, None], rows[None, :], dropout)
+    lower = inside[:, None] >= inside[None, :]
+    top, total, acc = add(q, k, v, lower, let, scale, top, total, acc, True, DROPOUT)
     for entry in range(GLOBALS + PICKS + WINDOW - 1):
-        pick = entry - GLOBALS
-        drawn = (pick >= 0) & (pick < PICKS)
-        chosen = tl.load(plan + head * plan_head + block * plan_block + pick, mask=drawn, other=-1).to(tl.int32)
-        # A global block inside the window is the window's.
-        shared = tl.where(entry < oldest, entry, -1)
-        listed = tl.where(entry < GLOBALS, shared, tl.where(drawn, chosen, oldest + pick - PICKS))
-        place = base + tl.maximum(listed, 0).to(tl.int64) * SIZE * K
-        k = tl.load(keys + place + inside)
-        v = tl.load(values + place + inside)
-        scores = tl.dot(q, tl.trans(k)) * scale
-        scores = tl.where(listed >= 0, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - higher)
-        p = tl.exp2(scores - higher[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-        top = higher
-    acc = acc / total[:, None]
-    target = ((item.to(tl.int64) * tokens + (rows - start)) * heads + head) * K
-    tl.store(out + target[:, None] + lanes[None, :], acc.to(out.dtype.element_ty), mask=there[:, None])
+        listed = nth_of_list(plan, block, entry, GLOBALS, PICKS, WINDOW)
+        at = tl.maximum(listed, 0) * SIZE
+        k = load_rows(keys, at, k_token, there, SIZE, K, False)
+        v = load_rows(values, at, v_token, there, SIZE, K, False)
+        if DROPOUT:
+            let = kept(seed, lane, rows[:, None], at + inside[None, :], dropout)
+        top, total, acc = add(q, k, v, listed >= 0, let, scale, top, total, acc, True, DROPOUT)
+    lift = 1.0 / (1.0 - dropout) if DROPOUT else 1.0
+    target = out + (item * tokens * heads + head) * K
+    store_rows(target, block * SIZE - start, heads * K, there, acc * (lift / total)[:, None], SIZE, K)
+    if SUMS:
+        line = (item * heads + head) * tokens - start
+        tl.store(sums + line + rows, (top + tl.log2(total)) * LN_2, mask=there)
+
+
+@triton.jit
+def nth_of_list(plan, block, entry, GLOBALS: tl.constexpr, PICKS: tl.constexpr, WINDOW: tl.constexpr):
+    """The key block that comes at `entry` in a query block's list, itself left out; negative for none."""
+    oldest = block - WINDOW + 1
+    pick = entry - GLOBALS
+    drawn = (pick >= 0) & (pick < PICKS)
+    chosen = tl.load(plan + pick, mask=drawn, other=-1).to(tl.int32)
+    # A global block inside the window is the window's.
+    shared = tl.where(entry < oldest, entry, -1)
+    return tl.where(entry < GLOBALS, shared, tl.where(drawn, chosen, oldest + pick - PICKS))
+
+
+# -- one operator of torch -------------------------------------------------------------------------------------
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor plan, Tensor readers, Tensor ends, "
+    "SymInt num_globals, SymInt window, SymInt size, SymInt start, SymInt length, float dropout_p, Tensor? seed"
+)
+
+
+@torch.library.custom_op("longctx::list_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _operator(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):  # type: ignore[no-untyped-def]
+    return run_forward(q, k, v, plan, num_globals, window, size, start, length, dropout_p, seed)
+
+
+@_operator.register_fake
+def _(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):  # type: ignore[no-untyped-def]
+    sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), sums
+
+
+@torch.library.custom_op(
+    "longctx::list_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor out, Tensor sums, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_operator(grad, out, sums, *inputs):  # type: ignore[no-untyped-def]
+    from longctx.ops.list_attention_gradients import run_backward
+
+    return run_backward(grad, out, sums, *inputs)
+
+
+@_backward_operator.register_fake
+def _(grad, out, sums, q, k, v, *others):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.globals, ctx.window, ctx.size, ctx.start, ctx.length, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(*output, *tensors, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    *tensors, seed = ctx.saved_tensors
+    numbers = (ctx.globals, ctx.window, ctx.size, ctx.start, ctx.length, ctx.dropout_p)
+    grads = torch.ops.longctx.list_attention_backward.default(grad, *tensors, *numbers, seed)
+    return (*grads, *(None,) * 10)
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)

@@ -1,8 +1,8 @@
 """Attention over a window of recent keys, in time and memory linear in the sequence length.
 
-Three implementations of one definition. On CUDA in half precision a Triton kernel of our own or, for gradients and
-dropout, the windowed FlashAttention-2 that ships with torch; everywhere else blocks of queries against the keys that
-they can see, a few matrix products each, with a backward pass that recomputes the weights instead of keeping them.
+Three implementations of one definition. On CUDA in half precision Triton kernels of our own or, for heads that they do
+not take and without Triton, the windowed FlashAttention-2 that ships with torch; everywhere else blocks of queries
+against the keys that they can see, a few matrix products each. All recompute the weights in their backward pass.
 
 Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head width, W window, d dilation,
 g global keys.
@@ -19,6 +19,7 @@ from longctx.ops import _window_blocks as blocks
 from longctx.ops import _window_flash as flash
 
 try:
+    from longctx.ops import packed_attention_kernel as packed
     from longctx.ops import window_attention_kernel as kernel
 except ImportError:  # a torch without Triton
     kernel = None
@@ -71,8 +72,38 @@ def window_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def packed_window_attention(
+    qkv: Tensor,
+    *,
+    n_heads: int,
+    window: int,
+    dilation: int = 1,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+    global_rows: Tensor | None = None,
+) -> Tensor:
+    """`window_attention` of a whole sequence from its projection: qkv `[B, T, H + 2G, K]` -> `[B, T, H, K]`.
+
+    global_rows: what comes out for the first g tokens, `[B, g, H, K]`, g at most T; the others see the keys of these
+    as globals. In the kernels the gradient of qkv is written as one tensor.
+    """
+    groups = (qkv.shape[2] - n_heads) // 2
+    head = 0 if global_rows is None else global_rows.shape[1]
+    if head == qkv.shape[1]:
+        return global_rows
+    q, k, v = qkv.split([n_heads, groups, groups], dim=2)
+    if kernel is not None and dilation == 1 and kernel.fits(q, k, v):
+        left, right = _reach(window, causal)
+        return packed.packed_window(qkv, global_rows, n_heads, left, right, dropout_p)
+    how = {"window": window, "dilation": dilation, "causal": causal, "dropout_p": dropout_p}
+    if head:
+        how |= {"global_k": k[:, :head], "global_v": v[:, :head], "key_offset": head}
+    out = window_attention(q[:, head:], k[:, head:], v[:, head:], **how)
+    return torch.cat([global_rows, out], dim=1) if head else out
+
+
 def window_attention_path(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Which implementation `window_attention` runs for tensors like these without gradients, in words."""
+    """Which implementation `window_attention` runs for tensors like these, with gradients or without, in words."""
     like = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
     if kernel is not None and kernel.fits(like, like, like):
         return "Triton window attention"
@@ -136,7 +167,7 @@ def _band(
     dropout_p: float,
 ) -> Tensor:
     """Undilated window; global keys, if any, are seen by every query."""
-    left, right = (window - 1, 0) if causal else (window // 2, window // 2)
+    left, right = _reach(window, causal)
     if causal:
         unseen = k.shape[1] - q.shape[1] - left
         if unseen > 0:
@@ -145,14 +176,19 @@ def _band(
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if q.shape[1] == 1 and causal and not dropout_p and not grads:
         return _single(q, k, v, global_k, global_v)
-    if kernel is not None and not grads and not dropout_p and all(kernel.fits(q, k, v) for k, v in _pairs(tensors)):
-        return kernel.window_kernel(q, k, v, global_k, global_v, left, right)
+    if kernel is not None and all(kernel.fits(q, k, v) for k, v in _pairs(tensors)):
+        return kernel.window_kernel(q, k, v, global_k, global_v, left, right, dropout_p)
     if flash.fits(q.device, q.dtype, q.shape[-1]):
         if global_k is None:
             return flash.window(q, k, v, left, right, dropout_p)
         return flash.WindowAndGlobals.apply(q, k, v, global_k, global_v, left, right, dropout_p)
     run = blocks.Blocked.apply if grads else blocks.blocked_forward
     return run(q, k, v, global_k, global_v, left, right, dropout_p, blocks.new_seed(dropout_p))
+
+
+def _reach(window: int, causal: bool) -> tuple[int, int]:
+    """How many keys behind and ahead a query sees."""
+    return (window - 1, 0) if causal else (window // 2, window // 2)
 
 
 def _pairs(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:

@@ -1,9 +1,9 @@
-"""Attention over a window of keys, and a few global ones, in one Triton kernel: forward, half precision.
+"""Attention over a window of keys, and a few global ones, in Triton: one kernel forward, two or three backward.
 
-A program takes a tile of queries of one head. It begins with the keys at its own positions, so that no row is ever
-without a key, goes on to the older ones, to the newer ones where both sides are seen, and to the globals. Queries, keys
-and values are read where the projection left them. Softmax is taken online (Milakov and Gimelshein 2018, arXiv
-1805.02867; Dao 2023, arXiv 2307.08691).
+A program of the forward pass takes a tile of queries of one head and walks over the keys that they see, then over the
+globals; only tiles at an end of the window are masked. Queries, keys and values are read where the projection left
+them. The backward pass is in `window_attention_gradients`; both are one operator of torch,
+`torch.ops.longctx.window_attention`, so that autograd, compilation and checkpointing know them.
 
 Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head width, g global keys.
 """
@@ -11,119 +11,262 @@ Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head wi
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
-TILE = 64
+from longctx.ops.attention_tile import LN_2, LOG2_E, add, kept, load_rows, store_rows
+
+# Keys that are counted from the end of a tile's rows may not move its pointers by more than 32 bits hold.
+MOST_STRIDE = (1 << 31) // 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Queries and keys of a tile, warps and pipeline stages of each kernel."""
+
+    forward: tuple[int, int, int, int] = (64, 32, 4, 3)
+    queries: tuple[int, int, int, int] = (64, 32, 4, 3)
+    keys: tuple[int, int, int, int] = (32, 64, 4, 2)
+
+
+NARROW = Tiles()
+WIDE = Tiles(forward=(64, 64, 8, 3), queries=(64, 64, 8, 2), keys=(64, 64, 8, 2))
+"""For heads wider than 64."""
+
+
+def tiles(width: int) -> Tiles:
+    return NARROW if width <= 64 else WIDE
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel can do these queries."""
+    """Whether the kernels can do these queries, with gradients and dropout or without."""
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.dtype == k.dtype == v.dtype
         and q.shape[3] in (16, 32, 64, 128)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and max(q.stride(1), k.stride(1), v.stride(1)) < MOST_STRIDE
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
 
 
 def window_kernel(
-    q: Tensor, k: Tensor, v: Tensor, global_k: Tensor | None, global_v: Tensor | None, left: int, right: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """q `[B, T, H, K]` over the keys from `left` behind to `right` ahead, and all globals: `[B, T, H, K]`.
 
-    k, v `[B, S, G, K]`: query i sits at key S - T + i. global_k, global_v `[B, g, G, K]` or None.
+    k, v `[B, S, G, K]`: query i sits at key S - T + i. global_k, global_v `[B, g, G, K]` or None. dropout_p: dropout of
+    the attention weights, drawn from torch's generator of the device. Differentiable.
+    """
+    seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
+    tensors = (q, k, v) if global_k is None else (q, k, v, global_k, global_v)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        operator = torch.ops.longctx.window_attention.default
+        return operator(q, k, v, global_k, global_v, left, right, dropout_p, seed)[0]
+    # Without autograd the operator's bookkeeping would only cost time, and the sums are not needed.
+    return run_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed, keep_sums=False)[0]
+
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    keep_sums: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out `[B, T, H, K]`, log-sum-exp of the scores `[B, H, T]` in fp32, empty unless keep_sums).
+
+    out: where to write, heads behind each other; None: new memory.
     """
     batch, tokens, heads, width = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    sums = q.new_empty((batch, heads, tokens) if keep_sums else (0,), dtype=torch.float32)
     far_k, far_v = (k, v) if global_k is None else (global_k, global_v)
-    # On a CPU under Triton's interpreter, which tests use.
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        _window[(triton.cdiv(tokens, TILE), heads, batch)](
-            q, k, v, far_k, far_v, out,
+    far = 0 if global_k is None else global_k.shape[1]
+    rows, columns, warps, stages = tiles(width).forward
+    with on_device(q):
+        _window[(triton.cdiv(tokens, rows), heads, batch)](
+            q, k, v, far_k, far_v, out, sums, out if seed is None else seed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *far_k.stride()[:3], *far_v.stride()[:3],
-            tokens, k.shape[1], 0 if global_k is None else global_k.shape[1], left, right,
-            heads // k.shape[2], width**-0.5 * LOG2_E,
-            TILE=TILE, K=width, BOTH=right > 0, FAR=global_k is not None,
-            num_warps=4 if width <= 64 else 8, num_stages=3,
+            *out.stride()[:2],
+            tokens, k.shape[1], far, left, right, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
+            ROWS=rows, COLUMNS=columns, FAR=far_tile(far), K=width, SUMS=keep_sums, DROPOUT=dropout_p > 0,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return out
+    return out, sums
+
+
+def far_tile(far: int) -> int:
+    """Columns of a tile of global keys: few for few, as all of them are computed."""
+    return 0 if not far else 16 if far <= 16 else 64
+
+
+def on_device(q: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the tensor's device; tests run the kernels on a CPU, under Triton's interpreter."""
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def bounds(own, back, ahead, begin, stop, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Where a tile of SIZE places from `own` on looks, in tiles of STEP: each place from `back` behind to `ahead`.
+
+    Returns (low, plain, edge, high) with [low, plain) and [edge, high) partly hidden or outside [begin, stop), and
+    [plain, edge), whole tiles, seen by every place.
+    """
+    low = tl.maximum(own - back, begin)
+    high = tl.minimum(own + SIZE + ahead, stop)
+    plain = low + tl.cdiv(tl.maximum(own + SIZE - 1 - back - low, 0), STEP) * STEP
+    edge = plain + tl.maximum(tl.minimum(own + ahead + 1, stop) - plain, 0) // STEP * STEP
+    return low, tl.minimum(plain, high), tl.minimum(edge, high), high
 
 
 @triton.jit
 def _window(
-    queries, keys, values, far_keys, far_values, out,
+    queries, keys, values, far_keys, far_values, out, sums, seed,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    fk_batch, fk_token, fk_head, fv_batch, fv_token, fv_head,
-    tokens, count, far, left, right, group, scale,
-    TILE: tl.constexpr, K: tl.constexpr, BOTH: tl.constexpr, FAR: tl.constexpr,
+    fk_batch, fk_token, fk_head, fv_batch, fv_token, fv_head, out_batch, out_token,
+    tokens, count, far, left, right, group, scale, dropout,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAR: tl.constexpr, K: tl.constexpr,
+    SUMS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * TILE
-    head, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = first + tl.arange(0, TILE)
-    lanes = tl.arange(0, K)
-    at = item * q_batch + rows.to(tl.int64) * q_token + head * q_head
-    q = tl.load(queries + at[:, None] + lanes[None, :], mask=(rows < tokens)[:, None], other=0.0)
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    q = load_rows(queries + item * q_batch + head * q_head, first, q_token, rows < tokens, ROWS, K, True)
     keys += item * k_batch + (head // group) * k_head
     values += item * v_batch + (head // group) * v_head
+    lane = (item * heads + head).to(tl.int32)
+    if DROPOUT:
+        seed = tl.load(seed)
     # Where the queries sit among the keys.
     own = count - tokens + first
-    places = own + tl.arange(0, TILE)
 
-    top = tl.full((TILE,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    acc = tl.zeros((TILE, K), tl.float32)
-    top, total, acc = _add(
-        q, keys, values, k_token, v_token, own, count, places, left, right, scale, top, total, acc, TILE, K
-    )
-    for start in range(tl.maximum(own - left, 0), own, TILE):
-        # The last of the older tiles ends where the own one begins.
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, K), tl.float32)
+    low, plain, edge, high = bounds(own, left, right, 0, count, ROWS, COLUMNS)
+    for start in range(low, plain, COLUMNS):
         top, total, acc = _add(
-            q, keys, values, k_token, v_token, start, own, places, left, right, scale, top, total, acc, TILE, K
-        )
-    if BOTH:
-        for start in range(own + TILE, tl.minimum(own + TILE + right, count), TILE):
-            top, total, acc = _add(
-                q, keys, values, k_token, v_token, start, count, places, left, right, scale, top, total, acc, TILE, K
-            )
+            q, keys, values, k_token, v_token, start, count, own, left, right, seed, lane, far, dropout, scale,
+            top, total, acc, ROWS, COLUMNS, K, True, DROPOUT,
+        )  # fmt: skip
+    for start in range(plain, edge, COLUMNS):
+        top, total, acc = _add(
+            q, keys, values, k_token, v_token, start, count, own, left, right, seed, lane, far, dropout, scale,
+            top, total, acc, ROWS, COLUMNS, K, False, DROPOUT,
+        )  # fmt: skip
+    for start in range(edge, high, COLUMNS):
+        top, total, acc = _add(
+            q, keys, values, k_token, v_token, start, count, own, left, right, seed, lane, far, dropout, scale,
+            top, total, acc, ROWS, COLUMNS, K, True, DROPOUT,
+        )  # fmt: skip
     if FAR:
         far_keys += item * fk_batch + (head // group) * fk_head
         far_values += item * fv_batch + (head // group) * fv_head
-        for start in range(0, far, TILE):
+        for start in range(0, far, FAR):
             # Every query sees every global: a distance that no window excludes.
             top, total, acc = _add(
-                q, far_keys, far_values, fk_token, fv_token, start, far, places, 1 << 30, 1 << 30, scale,
-                top, total, acc, TILE, K,
+                q, far_keys, far_values, fk_token, fv_token, start, far, own, 1 << 30, 1 << 30, seed, lane, 0, dropout,
+                scale, top, total, acc, ROWS, FAR, K, True, DROPOUT,
             )  # fmt: skip
-    acc = acc / total[:, None]
-    target = ((item * tokens + rows) * tl.num_programs(1) + head) * K
-    tl.store(out + target[:, None] + lanes[None, :], acc.to(out.dtype.element_ty), mask=(rows < tokens)[:, None])
+    lift = 1.0 / (1.0 - dropout) if DROPOUT else 1.0
+    target = out + item * out_batch + head * K
+    store_rows(target, first, out_token, rows < tokens, acc * (lift / total)[:, None], ROWS, K)
+    if SUMS:
+        tl.store(sums + (item * heads + head) * tokens + rows, (top + tl.log2(total)) * LN_2, mask=rows < tokens)
 
 
 @triton.jit
 def _add(
-    q, keys, values, k_token, v_token, start, stop, places, left, right, scale, top, total, acc,
-    TILE: tl.constexpr, K: tl.constexpr,
+    q, keys, values, k_token, v_token, start, stop, own, left, right, seed, lane, numbered, dropout, scale,
+    top, total, acc,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys from `start` on, none from `stop` on, added to what the rows have seen so far."""
-    cols = start + tl.arange(0, TILE)
-    lanes = tl.arange(0, K)
-    there = cols < stop
-    k = tl.load(keys + cols.to(tl.int64)[:, None] * k_token + lanes[None, :], mask=there[:, None], other=0.0)
-    v = tl.load(values + cols.to(tl.int64)[:, None] * v_token + lanes[None, :], mask=there[:, None], other=0.0)
-    behind = places[:, None] - cols[None, :]
-    seen = there[None, :] & (behind <= left) & (behind >= -right)
-    scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    # Rows behind the last query see nothing at all, and are never stored.
-    shrink = tl.exp2(top - higher)
-    p = tl.exp2(scores - higher[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-    return higher, total, acc
+    columns = start + tl.arange(0, COLUMNS)
+    k = load_rows(keys, start, k_token, columns < stop, COLUMNS, K, MASKED)
+    v = load_rows(values, start, v_token, columns < stop, COLUMNS, K, MASKED)
+    places, cols = own + tl.arange(0, ROWS)[:, None], columns[None, :]
+    seen, let = True, True
+    if MASKED:
+        seen = (cols < stop) & (places - cols <= left) & (places - cols >= -right)
+    if DROPOUT:
+        let = kept(seed, lane, places, cols + numbered, dropout)
+    return add(q, k, v, seen, let, scale, top, total, acc, MASKED, DROPOUT)
+
+
+# -- one operator of torch -------------------------------------------------------------------------------------
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? global_k, Tensor? global_v, "
+    "SymInt left, SymInt right, float dropout_p, Tensor? seed"
+)
+
+
+@torch.library.custom_op("longctx::window_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _operator(q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+    return run_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed)
+
+
+@_operator.register_fake
+def _(q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+    sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), sums
+
+
+@torch.library.custom_op(
+    "longctx::window_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor out, Tensor sums, {_INPUTS}) -> Tensor[]",
+)
+def _backward_operator(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+    from longctx.ops.window_attention_gradients import run_backward
+
+    return run_backward(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed)
+
+
+@_backward_operator.register_fake
+def _(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+    tensors = (q, k, v) if global_k is None else (q, k, v, global_k, global_v)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, global_k, global_v, ctx.left, ctx.right, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(*output, q, k, v, global_k, global_v, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    *tensors, seed = ctx.saved_tensors
+    grads = torch.ops.longctx.window_attention_backward.default(
+        grad, *tensors, ctx.left, ctx.right, ctx.dropout_p, seed
+    )
+    return (*grads, *(None,) * (9 - len(grads)))
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)

@@ -172,6 +172,20 @@ def test_a_bidirectional_plan_is_drawn_for_each_length():
     assert torch.equal(block.plan(400), long)
 
 
+def test_a_plan_made_in_inference_mode_serves_training():
+    block = make(block_size=8)
+    with torch.inference_mode():
+        assert not block.plan(96).is_inference()
+        block.set_plan(make(block_size=8, seed=7).plan(96).clone())
+    assert not block.plan(96).is_inference()
+
+
+def test_the_path_of_training_is_told():
+    assert make().eval().mixer_path == "global, window and random products"
+    assert "gradients through gathered blocks" in make().train().mixer_path
+    assert make(dropout=0.1).train().mixer_path == "gathered blocks, SDPA"
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_plan_that_is_set_is_the_one_used(causal):
     block, x = make(block_size=8, causal=causal), tokens(160)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longctx.errors import UsageError
-from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, visible_blocks
+from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, transposed_plan, visible_blocks
 from longctx.ops.block_sparse_attention import BlockSparse, block_sparse_attention
 
 module = sys.modules[block_sparse_attention.__module__]
@@ -113,6 +113,16 @@ def test_complete_lists_have_no_hole_and_the_others_do():
             lists = visible_blocks(pattern, draw(pattern, n), first, last, n)
             full = {first + i for i in (lists >= 0).all(-1).all(0).nonzero().flatten().tolist()}
             assert full == set(pattern.complete(n * pattern.block_size))
+
+
+@pytest.mark.parametrize("picks", [0, 3])
+def test_a_plan_transposed_names_the_readers_of_each_block(picks):
+    plan = draw(dataclasses.replace(CAUSAL, num_random_blocks=picks), 14)
+    readers, ends = transposed_plan(plan, 12)
+    for head in range(plan.shape[0]):
+        for block in range(12):
+            listed = readers[head, ends[head, block] : ends[head, block + 1]].tolist()
+            assert listed == [i for i in range(12) if block in plan[head, i].tolist()]
 
 
 @pytest.mark.parametrize(

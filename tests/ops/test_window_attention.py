@@ -20,8 +20,8 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def dense(q, k, v, *, window, dilation=1, causal=True, global_k=None, global_v=None, key_offset=0) -> Tensor:
-    """The definition, by one mask over all keys with the globals behind them."""
+def visible_keys(q, k, *, window, dilation=1, causal=True, global_k=None, key_offset=0) -> Tensor:
+    """The definition: bool `[T, S + g]`, over all keys with the globals behind them."""
     queries, keys = q.shape[1], k.shape[1]
     at = torch.arange(queries, device=q.device)[:, None] + keys - queries
     distance = at - torch.arange(keys, device=q.device)
@@ -33,6 +33,13 @@ def dense(q, k, v, *, window, dilation=1, causal=True, global_k=None, global_v=N
         first = torch.arange(global_k.shape[1], device=q.device)
         visible &= torch.arange(keys, device=q.device) + key_offset >= len(first)
         visible = torch.cat([visible, (first <= at + key_offset) | (not causal)], dim=1)
+    return visible
+
+
+def dense(q, k, v, *, global_k=None, global_v=None, **how) -> Tensor:
+    """Attention by one mask."""
+    visible = visible_keys(q, k, global_k=global_k, **how)
+    if global_k is not None:
         k, v = torch.cat([k, global_k], dim=1), torch.cat([v, global_v], dim=1)
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("bthk,bshk->bhts", q, k) / q.shape[3] ** 0.5
