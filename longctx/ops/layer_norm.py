@@ -25,7 +25,7 @@ def kernels_fit(x: Tensor) -> bool:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension of x `[B, T, D]`, in memory of its own. Gradients are recomputed from x."""
+    """LayerNorm over the last dimension of x `[..., T, D]`, in memory of its own. Gradients are recomputed from x."""
     if not kernels_fit(x):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     if torch.is_grad_enabled():
@@ -60,8 +60,9 @@ def add_normalize(
     if kernels_fit(x):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         kernels.add_layer_norm(
-            _dense(x), _dense(added), weight, bias, shift, eps, out=out, total=total, shifted=shifted
-        )
+            _dense(x), _dense(added), weight, bias, shift, eps, out=out, total=total,
+            shifted=shifted if shifted is None else shifted.view(-1, *shifted.shape[-2:]),
+        )  # fmt: skip
         return out
     r = torch.add(x, added) if total is None else torch.add(x, added, out=total)
     if shifted is not None:
@@ -105,8 +106,9 @@ class NormGradients:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x with its channels side by side, as the kernels read them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x `[..., T, D]` as `[B, T, D]` with its channels side by side, as the kernels read them."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
 @torch.library.custom_op("longctx::layer_norm", mutates_args=())

@@ -31,7 +31,9 @@ def case(*, device, dtype, count=3, batch=1, chunk=64, d_model=64, n_heads=4, nu
     block = blocks.build("BLADE", **shape, device=device, dtype=dtype)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
-            parameter.add_((0.3 if "state" in name else 0.1) * torch.randn_like(parameter))
+            # Less of it in wider blocks: half precision has to hold what the chain grows to.
+            scale = (0.3 if "state" in name else 0.1) * (64 / d_model) ** 0.5
+            parameter.add_(scale * torch.randn_like(parameter))
     weights = block._chain_weights()
     x = torch.randn(count, batch, chunk, d_model, device=device, dtype=dtype) + 1.0
     qkv = torch.randn(count, batch, chunk, weights.qkv.shape[0], device=device, dtype=dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_feed_forward import call, gradients, make, plain
+from test_feed_forward import call, make, plain
 
 from longctx import blocks
 from longctx.ops.layer_norm import kernels, layer_norm
@@ -165,11 +165,31 @@ def test_the_product_on_a_gpu():
 
 
 @needs_triton
+def test_chunks_of_a_batch_are_rows_like_any():
+    """x `[chunks, B, T, D]`, as BLADE has it."""
+    code = """
+import torch
+from longctx.ops import layer_norm as norms
+norms.kernels.fits = lambda x: True
+x = torch.randn(3, 2, 5, 48).to(torch.bfloat16)
+weight, bias = torch.randn(2, 48).to(torch.bfloat16)
+for rows in (x, x.transpose(0, 1), x[:, :, 1:]):
+    got = norms.layer_norm(rows, weight, bias, 1e-5)
+    want = torch.nn.functional.layer_norm(rows, (48,), weight, bias)
+    assert got.shape == rows.shape and torch.allclose(got, want, atol=0.05), (got - want).abs().max()
+print("ok")
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr[-2000:]
+
+
+@needs_triton
 def test_the_functions_under_the_interpreter():
     """What trains and infers with them, from the kernels' side, batches and slabs included."""
     code = """
 import torch
-from test_feed_forward import call, gradients, make, plain
+from test_feed_forward import call, make, plain
 from longctx.ops import feed_forward, layer_norm
 layer_norm.kernels.fits = lambda x: x.dtype == torch.float16
 feed_forward.CPU_TOKENS = 50
@@ -199,12 +219,17 @@ def test_gradients_on_a_gpu(tokens):
         for matrix in tensors[4:]:
             matrix *= 0.05
     exact = [t.detach().double().requires_grad_() for t in tensors]
+    grad = torch.randn_like(tensors[0])
     y, want = call(*tensors), plain(*exact)
     assert (y.double() - want).norm() < 5e-3 * want.norm()
-    expected = gradients(want, exact)
-    for got, other, right in zip(gradients(y, tensors), gradients(plain(*tensors), tensors), expected, strict=True):
+
+    def found(y, tensors):
+        return torch.autograd.grad(y, tensors, grad.to(y.dtype))
+
+    expected = found(want, exact)
+    for got, other, right in zip(found(y, tensors), found(plain(*tensors), tensors), expected, strict=True):
         assert (got.double() - right).norm() <= 2 * (other.double() - right).norm() + 1e-3 * right.norm()
-    one, two = (gradients(call(*tensors), tensors) for _ in range(2))
+    one, two = (found(call(*tensors), tensors) for _ in range(2))
     assert all(map(torch.equal, one, two))
 
 
