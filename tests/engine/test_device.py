@@ -243,3 +243,13 @@ def test_the_host_is_described():
     assert facts["default_threads"] == machine.default_threads() >= 1
     assert 0 < facts["memory_available_bytes"] <= facts["memory_total_bytes"]
     assert facts["python"].count(".") == 2
+
+
+@pytest.mark.cuda
+def test_random_states_of_all_gpus_are_put_back():
+    torch.cuda.init()
+    seeds = torch.cuda.get_rng_state_all()
+    with global_state():
+        torch.cuda.manual_seed_all(99)
+    assert len(seeds) == torch.cuda.device_count()
+    assert all(torch.equal(*pair) for pair in zip(seeds, torch.cuda.get_rng_state_all(), strict=True))
