@@ -76,10 +76,11 @@ def requested(blocks: Iterable[str] | None) -> list[BlockRequest]:
     return requests
 
 
-def results_path(config: BenchmarkConfig) -> Path:
-    """Where a sweep saves: under results_dir, unless output_file is a path with a folder."""
+def results_path(config: BenchmarkConfig, *, kind: str = "sweep") -> Path:
+    """Where results are saved: under results_dir, unless output_file is a path with a folder. kind: begins the name of
+    a file that nobody has named."""
     if config.output_file is None:
-        return Path(config.results_dir, time.strftime("sweep-%Y%m%d-%H%M%S.json"))
+        return Path(config.results_dir, time.strftime(f"{kind}-%Y%m%d-%H%M%S.json"))
     # The text, not the path: `./run.json` names a folder too.
     has_folder = any(mark in config.output_file for mark in filter(None, (os.sep, os.altsep)))
     return Path(config.output_file) if has_folder else Path(config.results_dir, config.output_file)

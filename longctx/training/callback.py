@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from longctx.config import BenchmarkConfig
+from longctx.engine.runner import results_path
 from longctx.errors import LongctxError, UsageError
 from longctx.results import BenchmarkResult, prove_writable, read_results
 from longctx.training.calls import Circumstances
@@ -198,11 +198,7 @@ class BenchmarkCallback(Callback):
         return self.per_rank or trainer.is_global_zero
 
     def _new_path(self, trainer: Any) -> Path:
-        config = self.benchmark_config
-        name = config.output_file or time.strftime("training-%Y%m%d-%H%M%S.json")
-        # As in a sweep: under results_dir, unless the name is a path with a folder.
-        path = Path(name) if re.search(r"[/\\]", name) else Path(config.results_dir, name)
-        return _of_rank(path, trainer)
+        return _of_rank(results_path(self.benchmark_config, kind="training"), trainer)
 
 
 def _of_rank(path: Path, trainer: Any) -> Path:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from longctx.config import BenchmarkConfig
 from longctx.engine.device import DTYPES, resolve_device
+from longctx.engine.runner import results_path
 from longctx.errors import UsageError
 from longctx.results import BenchmarkResult
 from longctx.training.calls import Circumstances, InputGenerator
@@ -58,9 +58,5 @@ class LightningBenchmarkRunner:
             rows += [measure_model(model, model_name, length, config, circumstances) for length in lengths]
         self.results += rows
         if config.save_results:
-            append_rows(self._path(), rows)
+            append_rows(results_path(self.config, kind="lightning"), rows)
         return rows
-
-    def _path(self) -> Path:
-        name = self.config.output_file or time.strftime("lightning-%Y%m%d-%H%M%S.json")
-        return Path(name) if "/" in name else Path(self.config.results_dir, name)
