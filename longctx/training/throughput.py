@@ -192,7 +192,9 @@ class ThroughputCallback(Callback):
         if self.progress_bar and pl_module is not None:
             for name, shown in SHOWN.items():
                 if name in values:
-                    pl_module.log(shown, values[name], prog_bar=True, logger=False, on_step=True, on_epoch=False)
+                    # A plain number would be copied to the GPU, and the host would wait for that.
+                    value = torch.tensor(values[name], device="cpu")
+                    pl_module.log(shown, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _outside(self, trainer: Any) -> float:
         """Seconds so far that were no training: validation, and benchmarks of the callback beside this one."""
