@@ -15,7 +15,8 @@ MIB = 1024.0**2
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A figure that can be drawn over length. kind says what it counts: s, tokens/s, bytes, bytes/token."""
+    """A figure that can be drawn over length. kind says what it counts: s, tokens/s, bytes, bytes/token, FLOP/s,
+    J/token."""
 
     name: str
     title: str
@@ -64,6 +65,11 @@ def _allocated_bytes_per_token(result: BenchmarkResult) -> float | None:
     return share and share * MIB
 
 
+def _flop_rate(result: BenchmarkResult) -> float | None:
+    rate = positive(result.tflops)
+    return rate and rate * 1e12
+
+
 def _interval(result: BenchmarkResult, metric: Metric) -> tuple[float, float] | None:
     """The 95% interval of a time, or of the throughput that follows from it. Other figures have none."""
     ends = result.forward_time_ci95
@@ -91,9 +97,11 @@ METRICS = {
             value=_peak_bytes_per_token,
         ),
         Metric(name="scaling", title="Scaling of time", kind="s", value=lambda r: positive(r.time_s)),
+        Metric(name="tflops", title="Rate of model FLOPs", kind="FLOP/s", value=_flop_rate),
+        Metric(name="energy", title="Energy", kind="J/token", value=lambda r: positive(r.joules_per_token)),
     )
 }
-"""The five published pictures, in their order."""
+"""The five published pictures, in their order, then ours."""
 
 _PUBLISHED_MEMORY = Metric(
     name="memory-per-token",

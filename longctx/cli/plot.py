@@ -16,10 +16,10 @@ from longctx.errors import ResultsError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from longctx.results import BenchmarkResult
-    from longctx.terminal.plots import PlotText
 
 ORDER = 30
-METRICS = ("time", "throughput", "memory", "memory-per-token", "scaling")
+PUBLISHED = ("time", "throughput", "memory", "memory-per-token", "scaling")
+METRICS = (*PUBLISHED, "tflops", "energy", "roofline")
 SAVE_WIDTH = 100
 
 
@@ -37,9 +37,9 @@ def plot(
         typer.Option(
             "--metric",
             metavar="NAME...",
-            help=f"One or several of {', '.join(METRICS)}. All if not given.",
+            help=f"One or several of {', '.join(METRICS)}.",
             autocompletion=_complete_metrics,
-            show_default=False,
+            show_default="the first five",
         ),
     ] = None,
     x: Annotated[
@@ -56,10 +56,14 @@ def plot(
         typer.Option(
             "--save",
             metavar="FILE",
-            help="Write to a .txt, .html or .svg file instead.",
+            help="Write to a .txt, .html or .svg file instead; .png and .pdf need the extra `figures`.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Draw the file again whenever it changes, until its sweep is over or Ctrl-C."),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write over a file that exists.", rich_help_panel=options.OUTPUT)
     ] = False,
@@ -71,10 +75,16 @@ def plot(
     longctx plot                                   all pictures of the newest sweep
     longctx plot --metric time memory --x batch_size
     longctx plot monday.json tuesday.json --save overlay.svg
+    longctx plot run.json --metric time --watch    while a sweep writes it
     """
     from longctx.analysis.runs import load_runs
 
-    metrics = check_metrics(metric or METRICS)
+    metrics = check_metrics(metric or PUBLISHED)
+    if watch:
+        from longctx.cli._watch import watch_file
+
+        watch_file(runs or (), metrics[:1] if metric is None else metrics, save=save, x=x, results_dir=results_dir)
+        return
     if save is not None:
         check_target(save, force=force)
     rows = load_runs(runs or (), results_dir=results_dir)
@@ -96,8 +106,13 @@ def check_metrics(names: Sequence[str]) -> list[str]:
 
 def check_target(path: Path, *, force: bool) -> None:
     """Refuse what cannot be written before anything is drawn. Raises UsageError or ResultsError."""
-    if path.suffix.lower() not in (".txt", ".html", ".svg"):
-        raise UsageError(f"cannot save as {path.suffix or 'a file without an ending'}", "use .txt, .html or .svg")
+    from longctx.terminal.figures import ENDINGS, check_matplotlib
+
+    if path.suffix.lower() not in (".txt", ".html", ".svg", *ENDINGS):
+        kind = path.suffix or "a file without an ending"
+        raise UsageError(f"cannot save as {kind}", "use .png, .pdf, .svg, .html or .txt")
+    if path.suffix.lower() in ENDINGS:
+        check_matplotlib()
     if path.exists() and not force:
         raise ResultsError(f"{path} exists already", "choose another name, or --force to write over it")
 
@@ -106,12 +121,13 @@ def show_pictures(
     rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], *, x: str | None = None
 ) -> None:
     """The pictures on standard output, as wide as it is. x: as `--x`."""
+    from longctx.cli._pictures import draw
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.plots import plot_size
 
     console = result_console()
     width, height = plot_size(console.width)
-    drawn = _draw(rows, metrics, width, height, x=x, ascii_only=ascii_only(console))
+    drawn = draw(rows, metrics, width, height, x=x, ascii_only=ascii_only(console))
     for index, picture in enumerate(drawn):
         if index:
             console.print()
@@ -124,15 +140,21 @@ def save_pictures(
     """The pictures in one file, its kind told by its ending. Raises ResultsError when it cannot be written."""
     from rich.console import Console
 
+    from longctx.cli._pictures import draw, figure_panels, machines_line
     from longctx.results import write_atomically
     from longctx.terminal.console import status_console
+    from longctx.terminal.figures import ENDINGS, save_figure
     from longctx.terminal.plots import plot_size
 
+    if path.suffix.lower() in ENDINGS:
+        save_figure(figure_panels(rows, metrics, x=x), path, caption=machines_line(rows))
+        status_console().print(f"saved to {path}", soft_wrap=True)
+        return
     width, height = plot_size(SAVE_WIDTH)
     console = Console(
         record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="standard", markup=False
     )
-    for picture in _draw(rows, metrics, width, height, x=x):
+    for picture in draw(rows, metrics, width, height, x=x):
         console.print(picture)
         console.print()
     kind = path.suffix.lower()
@@ -148,27 +170,3 @@ def save_pictures(
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}", "choose another place") from error
     status_console().print(f"saved to {path}", soft_wrap=True)
-
-
-def _draw(
-    rows: Mapping[str, Sequence[BenchmarkResult]],
-    metrics: Sequence[str],
-    width: int,
-    height: int,
-    *,
-    x: str | None,
-    ascii_only: bool = False,
-) -> list[PlotText]:
-    """Every metric of every mode: times of two modes have no picture in common."""
-    from longctx.analysis.settings import by_mode
-    from longctx.analysis.x_axis import natural_x, x_axis
-    from longctx.terminal.plots import scaling_plot
-
-    everything = [row for each in rows.values() for row in each]
-    drawn = []
-    for mode, found in by_mode(everything).items():
-        runs = {label: [row for row in each if str(row.mode) == mode] for label, each in rows.items()}
-        axis = natural_x(found) if x is None else x_axis(x, found)
-        for name in metrics:
-            drawn.append(scaling_plot(runs, metric=name, width=width, height=height, x=axis, ascii_only=ascii_only))
-    return drawn

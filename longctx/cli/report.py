@@ -113,6 +113,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             mode_tables(rows, width, ascii_only=ascii_),
             _headed("Fastest first, time against Dense", ranking_lines(rows, width, ascii_only=ascii_)),
             *(_headed(title, body) for title, body in derived),
+            _roofline(rows, width, ascii_only=ascii_),
             notes(rows, ascii_only=ascii_),
             summary(modes, width, ascii_only=ascii_),
         ]
@@ -121,6 +122,17 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             if number:
                 console.print()
             console.print(section)
+
+
+def _roofline(rows: Sequence[BenchmarkResult], width: int, *, ascii_only: bool) -> Text | None:
+    """What the work of each block needs at least on the machine that measured it, if that is known."""
+    from longctx.analysis.roofline import longest_points
+    from longctx.terminal.roofline import roofline_table
+
+    if not any(point.fraction for point in longest_points(rows)):
+        return None
+    title = "Roofline at the longest length: what the work needs at least, and the part of it reached"
+    return _headed(title if width > len(title) else "Roofline", roofline_table(rows, width, ascii_only=ascii_only))
 
 
 def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> dict[str, list[Crossover]] | None:

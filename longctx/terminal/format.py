@@ -37,6 +37,19 @@ RATES = (
     Unit(name="tok/s", size=1.0),
 )
 
+FLOP_RATES = (
+    Unit(name="TFLOP/s", size=1e12),
+    Unit(name="GFLOP/s", size=1e9),
+    Unit(name="MFLOP/s", size=1e6),
+    Unit(name="FLOP/s", size=1.0),
+)
+ENERGIES = (
+    Unit(name="J/token", size=1.0),
+    Unit(name="mJ/token", size=1e-3),
+    Unit(name="uJ/token", size=1e-6),
+    Unit(name="nJ/token", size=1e-9),
+)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Scaling curves as text: the one file that knows plotext.
+"""Scaling curves as text: with roofline.py beside it, the one file that knows plotext.
 
 plotext is given only finite numbers whose logarithm was taken here (its kernel aborts the process at a NaN,
 and its own log axis loses explicit ticks), never prints by itself, and its colours pass through Rich, which
@@ -17,7 +17,7 @@ from longctx.analysis.scaling import fit_slope
 from longctx.analysis.series import Missing, Series, collect, metric_for
 from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
-from longctx.terminal.format import BYTES, RATES, SECONDS, Unit, number, plain, shorten, tokens
+from longctx.terminal.format import BYTES, ENERGIES, FLOP_RATES, RATES, SECONDS, Unit, number, plain, shorten, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,7 +28,7 @@ MIN_HEIGHT, MAX_HEIGHT = 12, 20
 MARKERS = "●■▲◆○□△◇▼▽+x*#@%&=$"
 # ANSI colours that are legible on light and dark backgrounds, in the order in which curves take them.
 COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow")
-_COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}
+COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}
 _GREY = 8
 NAME_WIDTH = 48
 BAR = "┃"
@@ -41,6 +41,8 @@ _UNITS = {
     "bytes": BYTES,
     "bytes/token": tuple(Unit(name=f"{unit.name}/token", size=unit.size) for unit in BYTES),
     "tokens/s": RATES,
+    "FLOP/s": FLOP_RATES,
+    "J/token": ENERGIES,
 }
 _STATUS_WORDS = {"oom": "OOM"}
 _ASCII = str.maketrans("─│┃┌┐└┘├┤┬┴┼·●■▲◆○□△◇▼▽…", "-||+++++++++.*#^ooO^+vv~")
@@ -102,9 +104,9 @@ def scaling_plot(
     chosen = metric_for(metric, [row for rows in runs.values() for row in rows])
     curves, missing = collect(runs, chosen, x)
     over_length = x.name == LENGTH.name
-    styled = [_styled(index, curve) for index, curve in enumerate(curves)]
-    curves = sorted(styled, key=lambda curve: (-curve.points[-1][0], -curve.points[-1][1]))
-    unit = _unit(chosen.kind, [value for curve in curves for _, value in curve.points])
+    looks = [styled(index, curve) for index, curve in enumerate(curves)]
+    curves = sorted(looks, key=lambda curve: (-curve.points[-1][0], -curve.points[-1][1]))
+    unit = unit_of(chosen.kind, [value for curve in curves for _, value in curve.points])
     scale = unit.size
     lengths = sorted({length for curve in curves for length, _ in curve.points})
 
@@ -126,11 +128,11 @@ def scaling_plot(
         legend = _legend(curves, scale, width, x=x, slopes=slopes, bars=BAR in body.plain, color=color)
     parts = {"title": Text(heading, style="bold"), "body": body, "legend": legend, "caption": caption}
     if ascii_only:
-        parts = {name: _to_ascii(part) for name, part in parts.items()}
+        parts = {name: to_ascii(part) for name, part in parts.items()}
     return PlotText(**parts)
 
 
-def _unit(kind: str, values: Sequence[float]) -> Unit:
+def unit_of(kind: str, values: Sequence[float]) -> Unit:
     """The largest unit in which the middle value is at least 1: a logarithmic axis reaches far to both sides."""
     middle = sorted(values)[len(values) // 2] if values else 1.0
     return next((unit for unit in _UNITS[kind] if middle >= unit.size), _UNITS[kind][-1])
@@ -140,7 +142,7 @@ def _name(text: object) -> str:
     return shorten(plain(text), NAME_WIDTH)
 
 
-def _styled(index: int, curve: Series) -> _Curve:
+def styled(index: int, curve: Series) -> _Curve:
     return _Curve(
         name=_name(curve.name),
         points=curve.points,
@@ -163,8 +165,8 @@ def _draw(
 ) -> str:
     import plotext
 
-    x_range = _padded([math.log10(length) for length in lengths], 0.0)
-    y_range = _padded([math.log10(value / scale) for curve in curves for _, value in curve.points], 0.3)
+    x_range = padded([math.log10(length) for length in lengths], 0.0)
+    y_range = padded([math.log10(value / scale) for curve in curves for _, value in curve.points], 0.3)
     drawn = (height - 4) / (y_range[1] - y_range[0])
     ends = [end for curve in curves for pair in _bars_wider_than(curve, 1 / drawn).values() for end in pair]
     # Room for the bars, but not so much that one wild row presses the curves flat.
@@ -186,7 +188,7 @@ def _draw(
     row = (y_range[1] - y_range[0]) / max(1, height - 4)
     for layer in ("line", "bars", "points"):
         for curve in curves:
-            code = _COLOR_CODES[curve.color] if color else None
+            code = COLOR_CODES[curve.color] if color else None
             across = [math.log10(length) for length, _ in curve.points]
             y = [math.log10(value / scale) for _, value in curve.points]
             if layer == "points":
@@ -218,7 +220,7 @@ def _bars_wider_than(curve: Series, decades: float) -> dict[int, tuple[float, fl
     }
 
 
-def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
+def padded(values: Sequence[float], least: float) -> tuple[float, float]:
     """A range around `values`, at least `least` wide, with a twentieth of it to spare on both sides."""
     low, high = min(values), max(values)
     missing = max(0.0, least - (high - low)) / 2
@@ -297,6 +299,13 @@ def _legend(
         entries.append(Text("··· T   ::: T²"))
     if bars:
         entries.append(Text(f"{BAR} 95% interval"))
+    return packed(entries, width)
+
+
+def packed(entries: Sequence[Text], width: int) -> Text:
+    """The entries of a legend, as many in a line as fit."""
+    from rich.text import Text
+
     legend, used = Text(), 0
     for entry in entries:
         if used:
@@ -350,7 +359,7 @@ def _caption(missing: Sequence[Missing], x: XAxis) -> Text:
     return Text("\n".join(lines))
 
 
-def _to_ascii(text: Text) -> Text:
+def to_ascii(text: Text) -> Text:
     """The same text in ASCII, for terminals that cannot show more; dots of a curve become full stops."""
     text = text.copy()
     plain = text.plain.translate(_ASCII).replace("²", "^2").replace("━", "=")

@@ -114,7 +114,7 @@ def test_pictures_are_saved(longctx, tmp_path, saved, ending):
 
 
 def test_a_place_that_cannot_be_written_is_said(longctx, tmp_path, saved):
-    assert longctx("plot", saved, "--save", tmp_path / "x.png")[0] == 2
+    assert longctx("plot", saved, "--save", tmp_path / "x.gif")[0] == 2
     (tmp_path / "file").write_text("")
     code, _, err = longctx("plot", saved, "--save", tmp_path / "file" / "x.svg")
     assert code == 2 and "cannot write" in err
@@ -346,3 +346,50 @@ def test_report_keeps_modes_apart(longctx, modes):
     code, out, _ = longctx("report", modes, "--csv")
     row = list(csv.DictReader(io.StringIO(out)))[-1]
     assert (row["mode"], float(row["forward_part_s"])) == ("train", 0.004)
+
+
+def priced(**environment):
+    """Rows with a cost model, of one machine."""
+    found = rows()[:-1]
+    for row in found:
+        row.flops, row.bytes = 7e6 * row.sequence_length, 4096.0 * row.sequence_length
+        row.tflops, row.joules_per_token, row.roofline_fraction = 0.5, 2e-6, 0.25
+        row.environment = {"cpu": "A processor", "threads": 2, "torch": "2.13.0", **environment}
+    return found
+
+
+def test_rates_and_energy_have_pictures_with_their_units(longctx, tmp_path):
+    path = write(tmp_path / "x.json", priced())
+    code, out, _ = longctx("plot", path, "--metric", "tflops", "energy")
+    assert code == 0 and "Rate of model FLOPs (GFLOP/s)" in out and "Energy (uJ/token)" in out
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50])
+def test_a_roofline_stands_under_the_kept_peaks_of_its_machine(longctx, tmp_path, monkeypatch, columns):
+    from longctx.engine.peaks import Peaks, keep_peaks, peaks_key
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = write(tmp_path / "x.json", priced())
+    code, out, err = longctx("plot", path, "--metric", "roofline")
+    assert (code, out) == (2, "") and "longctx sysinfo --peaks --device cpu" in err and "A processor" in err
+    keep_peaks(peaks_key(priced()[0].environment), Peaks(flops={"fp32": 5e12}, copy_bytes=1e10))
+    code, out, err = longctx("plot", path, "--metric", "roofline", columns=columns)
+    assert (code, err) == (0, "") and max(map(len, out.splitlines()[:-2])) <= columns and len(out.splitlines()) <= 24
+    assert "▀▀ roof: 5.00 TFLOP/s" in out and "25.0% of the roof" in out
+    both = write(tmp_path / "y.json", [*priced(), *priced(threads=1)])
+    assert longctx("plot", both, "--metric", "roofline")[0] == 2
+    assert longctx("plot", write(tmp_path / "z.json", rows()), "--metric", "roofline")[0] == 2
+
+
+@pytest.mark.parametrize("columns", [120, 80, 50])
+def test_report_has_the_least_time_of_the_work(longctx, tmp_path, columns):
+    _, out, _ = longctx("report", write(tmp_path / "x.json", priced()), columns=columns)
+    assert "of the roof" in out and "25.0%" in out and max(map(len, out.splitlines())) <= columns
+    line = next(csv.DictReader(io.StringIO(longctx("report", tmp_path / "x.json", "--csv")[1])))
+    assert float(line["roofline_fraction"]) == 0.25 and float(line["flops"]) == 7e6 * 1024
+
+
+def test_watching_needs_a_terminal_and_one_file(longctx, saved, tmp_path):
+    for words in (["plot", saved, "--watch"], ["plot", saved, "--watch", "--save", str(tmp_path / "x.svg")]):
+        code, out, err = longctx(*words)
+        assert (code, out) == (2, "") and "--watch" in err

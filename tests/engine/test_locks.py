@@ -11,11 +11,13 @@ import tempfile
 
 import pytest
 
+from longctx.engine import locks
 from longctx.engine.locks import held
 from longctx.errors import LongctxError
 
 HOLDER = """
 import sys, time
+from longctx.engine import locks
 from longctx.engine.locks import held
 with held("a device", "the device"):
     print("held", flush=True)
@@ -104,3 +106,13 @@ def test_a_file_in_the_place_of_the_folder_is_said_as_such(folder):
     with pytest.raises(LongctxError, match=f"longctx-{os.getuid()}") as caught, held("a device", "the device"):
         pytest.fail("there is nowhere to hold a lock")
     assert caught.value.hint
+
+
+def test_who_holds_a_lock_can_be_asked_without_taking_it():
+    resource = "file /nowhere/asked.json"
+    assert locks.holder(resource) is None
+    with held(resource, "it"):
+        assert locks.holder(resource) == os.getpid()
+    assert locks.holder(resource) is None
+    with held(resource, "it"):
+        pass

@@ -1,0 +1,116 @@
+"""From saved rows to pictures: one for every metric of every mode, and the roof that a roofline needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from longctx.errors import ResultsError, UsageError
+
+if TYPE_CHECKING:
+    from longctx.analysis.roofline import Roof
+    from longctx.analysis.x_axis import XAxis
+    from longctx.results import BenchmarkResult
+    from longctx.terminal.figures import Panel
+    from longctx.terminal.plots import PlotText
+
+ROOFLINE = "roofline"
+
+
+def draw(
+    rows: Mapping[str, Sequence[BenchmarkResult]],
+    metrics: Sequence[str],
+    width: int,
+    height: int,
+    *,
+    x: str | None,
+    ascii_only: bool = False,
+) -> list[PlotText]:
+    """Every metric of every mode: times of two modes have no picture in common. A roofline has number formats apart."""
+    from longctx.terminal.plots import scaling_plot
+    from longctx.terminal.roofline import roofline_plot
+
+    size = {"width": width, "height": height, "ascii_only": ascii_only}
+    drawn = []
+    for runs, found, axis in _modes(rows, x):
+        for name in metrics:
+            if name == ROOFLINE:
+                drawn += [roofline_plot(group, roof, title=title, **size) for title, group, roof in _roofs(found)]
+            else:
+                drawn.append(scaling_plot(runs, metric=name, x=axis, **size))
+    return drawn
+
+
+def figure_panels(
+    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], *, x: str | None
+) -> list[Panel]:
+    """The same for a figure."""
+    from longctx.terminal.figures import Panel
+
+    panels = []
+    for runs, found, axis in _modes(rows, x):
+        for name in metrics:
+            if name == ROOFLINE:
+                panels += [Panel(metric=name, runs={"": g}, roof=roof, title=title) for title, g, roof in _roofs(found)]
+            else:
+                panels.append(Panel(metric=name, runs=runs, x=axis))
+    return panels
+
+
+def machines_line(rows: Mapping[str, Sequence[BenchmarkResult]]) -> str:
+    """The machines that the rows are from, in words."""
+    from longctx.terminal.tables import environment_line
+
+    lines = (environment_line(row.environment, row.dtype).plain for each in rows.values() for row in each)
+    return "; ".join(dict.fromkeys(filter(None, lines)))
+
+
+def _modes(
+    rows: Mapping[str, Sequence[BenchmarkResult]], x: str | None
+) -> Iterator[tuple[dict[str, list[BenchmarkResult]], list[BenchmarkResult], XAxis]]:
+    """(runs, all their rows, x axis) of every mode."""
+    from longctx.analysis.settings import by_mode
+    from longctx.analysis.x_axis import natural_x, x_axis
+
+    everything = [row for each in rows.values() for row in each]
+    for mode, found in by_mode(everything).items():
+        runs = {label: [row for row in each if str(row.mode) == mode] for label, each in rows.items()}
+        yield runs, found, natural_x(found) if x is None else x_axis(x, found)
+
+
+def _roofs(rows: Sequence[BenchmarkResult]) -> list[tuple[str, list[BenchmarkResult], Roof]]:
+    """(title, rows, roof) of each number format of `rows`. Raises LongctxError if there is none, or no kept peaks."""
+    found = []
+    for dtype in dict.fromkeys(str(row.dtype) for row in rows):
+        group = [row for row in rows if str(row.dtype) == dtype]
+        if roof := roof_of(group, dtype):
+            found.append((f"Roofline of {group[0].mode}, {dtype}", group, roof))
+    if not found:
+        raise ResultsError(
+            "there is no roofline to draw: no row has a time and a cost model",
+            "blocks of your own have one if they offer `cost`",
+        )
+    return found
+
+
+def roof_of(rows: Sequence[BenchmarkResult], dtype: str) -> Roof | None:
+    """The roof of the machine that measured `rows`, from its kept peaks; None if no row has a point under it.
+
+    Raises LongctxError where the rows are of several machines, or nothing is kept of theirs.
+    """
+    from longctx.analysis.roofline import Roof, machines
+    from longctx.engine.peaks import load_peaks, peaks_key
+
+    found = machines(rows)
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UsageError("these rows are of several machines, with a roof each", "draw them one by one")
+    key = peaks_key(found[0])
+    peaks = load_peaks(key)
+    if peaks is None or not peaks.flops.get(dtype) or not peaks.copy_bytes:
+        device = "cuda" if found[0].get("gpu") else "cpu"
+        raise ResultsError(
+            f"no peaks of {dtype} are kept for {key}", f"on that machine: longctx sysinfo --peaks --device {device}"
+        )
+    return Roof(flops=peaks.flops[dtype], bytes=peaks.copy_bytes)
