@@ -68,8 +68,15 @@ def report(
 def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
     """One document: an object a run with its label, results, and what was derived from them."""
     from longctx.terminal.export import document
+    from longctx.terminal.limits import limits_document
 
-    found = [{"run": label, **document(rows, crossovers=crossings(rows, pair))} for label, rows in runs.items()]
+    found = [
+        {
+            "run": label,
+            **(limits_document(rows) if _of_limits(rows) else document(rows, crossovers=crossings(rows, pair))),
+        }
+        for label, rows in runs.items()
+    ]
     return json.dumps({"runs": found}, indent=2, allow_nan=False) + "\n"
 
 
@@ -93,6 +100,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
     from longctx.terminal.findings import sections as findings
     from longctx.terminal.findings import summary
     from longctx.terminal.format import plain
+    from longctx.terminal.limits import limits_text
     from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranking_lines
 
     console = result_console()
@@ -102,6 +110,11 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             console.print()
         if len(runs) > 1:
             console.print(plain(label), style="bold")
+        if _of_limits(rows):
+            console.print(environment_line(_environment(rows), one_dtype(rows)))
+            console.print()
+            console.print(limits_text(rows, width, ascii_only=ascii_))
+            continue
         line, modes = environment_line(_environment(rows), one_dtype(rows)), conclude_modes(rows)
         asked = crossings(rows, pair)
         derived = []
@@ -133,6 +146,13 @@ def _roofline(rows: Sequence[BenchmarkResult], width: int, *, ascii_only: bool) 
         return None
     title = "Roofline at the longest length: what the work needs at least, and the part of it reached"
     return _headed(title if width > len(title) else "Roofline", roofline_table(rows, width, ascii_only=ascii_only))
+
+
+def _of_limits(rows: Sequence[BenchmarkResult]) -> bool:
+    """Whether `longctx limits` made this run: it has no times, and an answer of its own."""
+    from longctx.analysis.frontier import is_limits_row
+
+    return all(map(is_limits_row, rows))
 
 
 def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> dict[str, list[Crossover]] | None:

@@ -138,3 +138,14 @@ def test_the_live_picture_fits_the_screen(search, width, height):
     text.print(view.render())
     picture = text.file.getvalue()
     assert "7 lengths tried" in picture and "2,048" in picture and "8,192 TIMEOUT" in picture
+
+
+def test_a_saved_search_can_be_read_again_and_is_no_sweep(call, tmp_path):
+    path = tmp_path / "limits-now.json"
+    path.write_text(json.dumps([row.to_json() for row in rows_of("BLADE", 65536, "oom")]))
+    assert call("report", "--results-dir", str(tmp_path)).exit_code == 2
+    assert "BLADE goes to 65,536 tokens" in call("report", str(path)).stdout
+    (run,) = json.loads(call("report", str(path), "--json").stdout)["runs"]
+    assert run["limits"][0]["longest"] == 65536
+    for words in (["report", str(path), "--markdown"], ["report", str(path), "--csv"], ["plot", str(path)]):
+        assert call(*words).exit_code == 0
