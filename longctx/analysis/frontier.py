@@ -28,6 +28,9 @@ SPACING = 1.5
 """Ratio of lengths from which a slope is read: closer ones only show the noise of the reading."""
 
 LAW_SPAN = 32
+EXPLAINED_SHARE = 0.1
+"""Of a device's memory: what the law must have come to where memory ran out. A process may be allowed less than all."""
+
 CARD_GIB = (24, 40, 80, 141)
 """Memory of common cards: RTX 4090, A100, H100, H200."""
 
@@ -140,6 +143,8 @@ class Frontier:
     """Everything in memory, against length."""
     growth: float | None
     """Bytes that one more token takes at `fits`."""
+    explained: bool
+    """False where memory ran out at a length at which the law has it all but empty: it says nothing of the end."""
     share: float
     """Part of a device's memory that is expected to be of use."""
 
@@ -150,7 +155,7 @@ class Frontier:
         grow ever more slowly, though a law over lengths at which it worked in another way may look so.
         """
         law = self.total
-        if law is None or law.factor <= 0 or law.exponent < 0.05:
+        if law is None or not (law.is_law and self.explained) or law.factor <= 0 or law.exponent < 0.05:
             return None
         left = device_bytes * self.share - law.floor
         tokens = (left / law.factor) ** (1 / law.exponent) if left > 0 else 0.0
@@ -198,6 +203,8 @@ def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
     if gpu and total and fails and limit == "memory":
         # As full as this card got before it had no more.
         share = min(1.0, total.at(math.sqrt(fits * fails)) / gpu) if fits else share
+    device = gpu or positive(any_row.environment.get("memory_available_bytes"))
+    leapt = limit == "memory" and fails and total and device and total.at(fails) < EXPLAINED_SHARE * device
     return Frontier(
         name=name,
         block=str(any_row.block_name),
@@ -213,6 +220,7 @@ def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
         peak=fit(_upper({t: value * MIB for t, row in ok.items() if (value := positive(row.peak_memory_mb))})),
         total=total,
         growth=_growth(totals),
+        explained=not leapt,
         share=share,
     )
 

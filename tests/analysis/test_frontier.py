@@ -104,8 +104,11 @@ def row(name, length, status="ok", *, kind=None, longest=None, gpu=None, resolut
         status=status,
         error=error,
         config={"d_model": 8, "limits": {"resolution": resolution, "max_length": longest}},
-        environment={"gpu": gpu, "gpu_memory_total_bytes": gpu and 8 * GIB},
-        **(figures if status == "ok" else {}) | fields,
+        **{
+            "environment": {"gpu": gpu, "gpu_memory_total_bytes": gpu and 2 * GIB},
+            **(figures if status == "ok" else {}),
+            **fields,
+        },
     )
 
 
@@ -174,11 +177,19 @@ def test_memory_that_grew_faster_at_short_lengths_is_not_thought_to_go_on_so():
         assert 0.3 * true < one.would_hold(80 * GIB) < 1.05 * true
 
 
+def test_a_block_that_leaps_beyond_all_memory_gets_no_forecast():
+    environment = {"cpu": "C", "memory_available_bytes": 1000 * GIB}
+    assert found(row("A", 135_000, "timeout"), environment=environment).would_hold(80 * GIB)
+    assert found(row("A", 135_000, "oom"), environment=environment).would_hold(80 * GIB) is None
+    few = frontiers([row("A", 1024 << i) for i in range(3)])[0]
+    assert not few.total.is_law and few.would_hold(80 * GIB) is None
+
+
 def test_a_gpu_is_expected_to_be_filled_as_this_one_was():
-    # 8 GiB, of which 0.6 GiB could be used before it said no.
+    # 2 GiB, of which 0.6 GiB could be used before it said no.
     one = found(row("A", 135_000, "oom", gpu="G"), gpu="G")
-    assert one.share == pytest.approx(((100 << 20) + 4096 * 133_000) / (8 * GIB), rel=0.01)
-    assert one.would_hold(8 * GIB) == pytest.approx(133_000, rel=0.02)
+    assert one.share == pytest.approx(((100 << 20) + 4096 * 133_000) / (2 * GIB), rel=0.01)
+    assert one.would_hold(2 * GIB) == pytest.approx(133_000, rel=0.02)
     assert found(row("A", 135_000, "timeout", gpu="G"), gpu="G").share == 0.9
 
 
