@@ -143,9 +143,11 @@ class PreNormBlock(nn.Module):
         mixed, state = self.mix(self.norm(x), state, keep_state)
         drop = self.dropout if self.training else 0.0
         # Where the whole sequence is computed again at once, its hidden rows are left to the feed-forward's slabs.
-        keep_hidden = self.recompute == "norms" or (self.restarts and self.causal)
+        in_slabs = self.recompute == "block" and self.restarts and self.causal
+        keep_hidden = self.recompute == "norms" or in_slabs
         mixed = F.dropout(mixed, drop)
-        y = residual_feed_forward(x, mixed, *self._feed_forward, dropout_p=drop, keep_hidden=keep_hidden)
+        how = {"dropout_p": drop, "keep_hidden": keep_hidden, "whole": in_slabs}
+        y = residual_feed_forward(x, mixed, *self._feed_forward, **how)
         return y, state
 
     def _infer(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:

@@ -12,17 +12,18 @@ Letters: B batch, T tokens, D d_model, t tokens of a slab; the hidden rows are 4
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernels_fit, normalize
 
-# Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU a sixteenth of
-# the call within these bounds, so that buffers stay small beside what is kept and products large enough to be fast.
+# Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU a sixth of the
+# call within these bounds, so that buffers stay small beside what is kept and products large enough to be fast.
 CPU_TOKENS = 1024
 GPU_LEAST, GPU_MOST = 8192, 65536
 
@@ -36,11 +37,13 @@ def residual_feed_forward(
     *,
     dropout_p: float = 0.0,
     keep_hidden: bool = True,
+    whole: bool = False,
 ) -> Tensor:
     """x and mixed `[B, T, D]` -> y `[B, T, D]`, with gradients.
 
     norm: weight, bias, epsilon; up and down: weight and bias. dropout_p: of the feed-forward's output. keep_hidden:
-    whether the rows before GELU wait for backward, or are one more thing that it computes again.
+    whether the rows before GELU wait for backward, or are one more thing that it computes again. whole: all at once,
+    for a caller that takes the sequence in slabs itself.
     """
     if torch.is_autocast_enabled(x.device.type):
         # Autocast chooses the format of each operation, and so must see them one by one.
@@ -48,8 +51,11 @@ def residual_feed_forward(
         hidden = F.gelu(F.linear(F.layer_norm(r, (r.shape[-1],), *norm), *up))
         return r + F.dropout(F.linear(hidden, *down), dropout_p)
     kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p) if dropout_p else None
-    scale = 1.0 / (1.0 - dropout_p)
-    return _residual_feed_forward(x, mixed, kept, scale, keep_hidden, *norm, *up, *down)[0]
+    slab = _slab_tokens(x, whole)
+    arguments = (x, mixed, kept, 1.0 / (1.0 - dropout_p), keep_hidden, slab, *norm, *up, *down)
+    if torch.compiler.is_compiling():
+        return _operator(*arguments)[0]
+    return _Function.apply(*arguments)[0]
 
 
 def infer(
@@ -98,19 +104,25 @@ def _gelu(x: Tensor, bias: Tensor, *, out: Tensor) -> None:
         torch.ops.aten.gelu.out(x, out=out)
 
 
-def _slabs(x: Tensor, rows: int) -> Iterator[slice]:
-    step = CPU_TOKENS if x.device.type == "cpu" else max(GPU_LEAST, min(GPU_MOST, rows // 16))
+def _slab_tokens(x: Tensor, whole: bool) -> int:
+    rows = x.shape[0] * x.shape[1]
+    if x.device.type == "cpu":
+        return CPU_TOKENS
+    return rows if whole else max(GPU_LEAST, min(GPU_MOST, -(-rows // (6 * 2048)) * 2048))
+
+
+def _slabs(rows: int, step: int) -> Iterator[slice]:
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-@torch.library.custom_op("longctx::residual_feed_forward", mutates_args=())
-def _residual_feed_forward(
+def _forward(
     x: Tensor,
     mixed: Tensor,
     kept: Tensor | None,
     scale: float,
     keep_hidden: bool,
+    step: int,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
@@ -119,7 +131,10 @@ def _residual_feed_forward(
     down_weight: Tensor,
     down_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, r `[B, T, D]`, the rows before GELU `[B * T or 0, 4D]`). kept: what dropout lets through, times `scale`."""
+    """(y, r `[B, T, D]`, the rows before GELU `[B * T or 0, 4D]`).
+
+    kept: what dropout lets through, times `scale`. step: tokens of a slab.
+    """
     width = x.shape[-1]
     y, r = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     rows = y.numel() // width
@@ -129,7 +144,7 @@ def _residual_feed_forward(
     flat_y, flat_r = y.view(1, rows, width), r.view(1, rows, width)
     flat_kept = None if kept is None else kept.reshape(1, rows, width)
     wide: Tensor | None = None
-    for slab in _slabs(x, rows):
+    for slab in _slabs(rows, step):
         normed = add_normalize(
             flat_x[:, slab],
             flat_mixed[:, slab],
@@ -153,17 +168,20 @@ def _residual_feed_forward(
     return y, r, hidden
 
 
-@_residual_feed_forward.register_fake
-def _(x, mixed, kept, scale, keep_hidden, norm_weight, norm_bias, eps, up_weight, *rest):  # type: ignore[no-untyped-def]
+_operator = torch.library.custom_op("longctx::residual_feed_forward", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x, mixed, kept, scale, keep_hidden, step, norm_weight, norm_bias, eps, up_weight, *rest):  # type: ignore[no-untyped-def]
     y, r = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     return y, r, x.new_empty(x.numel() // x.shape[-1] if keep_hidden else 0, up_weight.shape[0])
 
 
-@torch.library.custom_op("longctx::residual_feed_forward_backward", mutates_args=())
-def _residual_feed_forward_backward(
+def _backward(
     grad: Tensor,
     kept: Tensor | None,
     scale: float,
+    step: int,
     r: Tensor,
     hidden: Tensor,
     norm_weight: Tensor,
@@ -186,7 +204,7 @@ def _residual_feed_forward_backward(
     d_up, d_down = (torch.zeros_like(weight, dtype=sums) for weight in (up_weight, down_weight))
     d_dropped = torch.zeros_like(down_bias, dtype=sums)
     buffers: list[Tensor] = []
-    for slab in _slabs(r, rows):
+    for slab in _slabs(rows, step):
         count = slab.stop - slab.start
         if not buffers:
             buffers = [r.new_empty(count, n) for n in (wide, wide, width)]
@@ -214,8 +232,11 @@ def _residual_feed_forward_backward(
     return dr, *(one.to(parameter.dtype) for one, parameter in zip(found, parameters, strict=True))
 
 
-@_residual_feed_forward_backward.register_fake
-def _(grad, kept, scale, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias):  # type: ignore[no-untyped-def]
+_backward_operator = torch.library.custom_op("longctx::residual_feed_forward_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
+def _(grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias):  # type: ignore[no-untyped-def]
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
     return torch.empty_like(r), *(torch.empty_like(p) for p in parameters)
 
@@ -241,21 +262,36 @@ class _GeluGradients:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, kept, ctx.scale, _, norm_weight, norm_bias, ctx.eps, *rest = inputs
+    _, _, kept, ctx.scale, _, ctx.step, norm_weight, norm_bias, ctx.eps, *rest = inputs
     _, r, hidden = output
     ctx.mark_non_differentiable(r, hidden)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(kept, r, hidden, norm_weight, norm_bias, *rest)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+def _gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     kept, r, hidden, norm_weight, norm_bias, *rest = ctx.saved_tensors
-    dr, d_gain, d_offset, *others = _residual_feed_forward_backward(
-        grad, kept, ctx.scale, r, hidden, norm_weight, norm_bias, ctx.eps, *rest
+    dr, d_gain, d_offset, *others = run(
+        grad, kept, ctx.scale, ctx.step, r, hidden, norm_weight, norm_bias, ctx.eps, *rest
     )
-    return dr, dr, None, None, None, d_gain, d_offset, None, *others
+    return dr, dr, None, None, None, None, d_gain, d_offset, None, *others
 
 
-_residual_feed_forward.register_autograd(_backward, setup_context=_save)
+_operator.register_autograd(lambda ctx, grad, *unused: _gradients(_backward_operator, ctx, grad), setup_context=_save)
+
+
+class _Function(torch.autograd.Function):
+    """The operator outside of torch.compile, where calling it through torch.library costs more than short rows do."""
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(_backward, ctx, grad)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 try:
     from longctx.ops import shell_kernels as kernels
@@ -28,9 +29,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension of x `[..., T, D]`, in memory of its own. Gradients are recomputed from x."""
     if not kernels_fit(x):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    if torch.is_grad_enabled():
-        return _layer_norm(x, weight, bias, eps)
-    return normalize(x, weight, bias, eps)
+    if not torch.is_grad_enabled():
+        return normalize(x, weight, bias, eps)
+    run = _operator if torch.compiler.is_compiling() else _Function.apply
+    return run(x, weight, bias, eps)
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -111,18 +113,19 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
 
 
-@torch.library.custom_op("longctx::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return normalize(x, weight, bias, eps)
 
 
-@_layer_norm.register_fake
+_operator = torch.library.custom_op("longctx::layer_norm", _forward, mutates_args=())
+
+
+@_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("longctx::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     gradients = NormGradients(x, weight, eps)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = dx.view(-1, x.shape[-1])
@@ -131,7 +134,10 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) ->
     return dx, dw.to(weight.dtype), db.to(weight.dtype)
 
 
-@_layer_norm_backward.register_fake
+_backward_operator = torch.library.custom_op("longctx::layer_norm_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, torch.empty_like(weight), torch.empty_like(weight)
@@ -142,8 +148,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+_operator.register_autograd(
+    lambda ctx, grad: (*_backward_operator(grad, *ctx.saved_tensors, ctx.eps), None), setup_context=_save
+)
 
 
-_layer_norm.register_autograd(_backward, setup_context=_save)
+class _Function(torch.autograd.Function):
+    """The operator outside of torch.compile, where calling it through torch.library costs more than short rows do."""
+
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return _forward(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(grad, *ctx.saved_tensors, ctx.eps), None

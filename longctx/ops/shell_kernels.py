@@ -10,6 +10,9 @@ Letters: B batch, T tokens, D d_model, W the width of a row, P programs.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +32,7 @@ PROGRAMS = 528
 GELU_TILE = (16, 256)
 # Rows, columns and depth of a tile of the product with GELU behind it, its warps and stages: two tiles share a
 # multiprocessor, so that one does GELU while the other multiplies. Below so many rows launching it costs more.
-PRODUCT_TILE = (128, 128, 64, 8, 3)
+PRODUCT_TILE = (128, 128, 64, 4, 3)
 PRODUCT_LEAST = 16384
 
 
@@ -39,7 +42,7 @@ def fits(x: Tensor) -> bool:
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[-1] <= WIDEST
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and _capability(x.device) >= (8, 0)
     )
 
 
@@ -88,14 +91,12 @@ def _normalize(
     lines = max(1, TILE // padded)
     # Grids are longest along their first axis.
     for first in range(0, batch, 65535):
-        items = min(batch - first, 65535)
-        with _on(x):
-            _norm_forward[(triton.cdiv(tokens, lines), items)](
-                x, added, weight, bias, shift, total, shifted, out,
-                tokens, first, *strides[0], *strides[1], *strides[2], eps,
-                W=width, PAD=padded, LINES=lines, ADD=added is not None, TOTAL=total is not None,
-                SHIFTED=shifted is not None, num_warps=4 if padded <= 4096 else 8,
-            )  # fmt: skip
+        grid = (-(-tokens // lines), min(batch - first, 65535), 1)
+        values = (x, added, weight, bias, shift, total, shifted, out, tokens, first)
+        constants = {"W": width, "PAD": padded, "LINES": lines}
+        constants |= {"ADD": added is not None, "TOTAL": total is not None, "SHIFTED": shifted is not None}
+        values = (*values, *strides[0], *strides[1], *strides[2], eps)
+        _launch(_norm_forward, grid, values, constants, warps=4 if padded <= 4096 else 8)
 
 
 def layer_norm_backward(
@@ -108,21 +109,17 @@ def layer_norm_backward(
     rows, width = x.shape
     padded = triton.next_power_of_2(width)
     lines = max(1, TILE // 2 // padded)
-    with _on(x):
-        _norm_backward[(partials.shape[0],)](
-            grad, x, weight, beside, out, partials, rows, eps,
-            W=width, PAD=padded, LINES=lines, BESIDE=beside is not None, num_warps=4 if padded <= 2048 else 8,
-        )  # fmt: skip
+    constants = {"W": width, "PAD": padded, "LINES": lines, "BESIDE": beside is not None}
+    values = (grad, x, weight, beside, out, partials, rows, eps)
+    _launch(_norm_backward, (partials.shape[0], 1, 1), values, constants, warps=4 if padded <= 2048 else 8)
 
 
 def gelu(x: Tensor, bias: Tensor, *, out: Tensor) -> None:
     """out = GELU(x + bias), exact (erf), x and out `[rows, W]`, contiguous, and they may be the same."""
     rows, width = x.shape
     lines, columns = GELU_TILE
-    with _on(x):
-        _gelu_forward[(triton.cdiv(rows, lines), triton.cdiv(width, columns))](
-            x, bias, out, rows, width, LINES=lines, COLUMNS=columns, num_warps=4
-        )
+    grid = (-(-rows // lines), -(-width // columns), 1)
+    _launch(_gelu_forward, grid, (x, bias, out, rows, width), {"LINES": lines, "COLUMNS": columns}, warps=4)
 
 
 def gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, partials: Tensor, *, out: Tensor) -> None:
@@ -132,10 +129,9 @@ def gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, partials: Tensor, *, ou
     """
     rows, width = x.shape
     lines, columns = GELU_TILE
-    with _on(x):
-        _gelu_backward[(partials.shape[0], triton.cdiv(width, columns))](
-            grad, x, bias, out, partials, rows, width, LINES=lines, COLUMNS=columns, num_warps=4
-        )
+    grid = (partials.shape[0], -(-width // columns), 1)
+    values = (grad, x, bias, out, partials, rows, width)
+    _launch(_gelu_backward, grid, values, {"LINES": lines, "COLUMNS": columns}, warps=4)
 
 
 def product_fits(rows: Tensor, weight: Tensor) -> bool:
@@ -150,7 +146,7 @@ def product_fits(rows: Tensor, weight: Tensor) -> bool:
         and rows.dtype == weight.dtype
         and weight.is_contiguous()
         and not torch.compiler.is_compiling()
-        and torch.cuda.get_device_capability(rows.device) == (9, 0)
+        and _capability(rows.device) == (9, 0)
     )
 
 
@@ -175,8 +171,27 @@ def programs(rows: int) -> int:
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    # On a CPU under Triton's interpreter, which tests use.
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    # On a CPU under Triton's interpreter, which tests use; where there is one GPU, entering it is for nothing.
+    if x.is_cuda and (torch.compiler.is_compiling() or _gpus() > 1):
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+_gpus = functools.cache(torch.cuda.device_count)
+_known_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    # torch.compile knows torch's function, and cannot look through the cache.
+    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int, int], values: tuple[Any, ...], constants: Mapping[str, Any], *, warps: int
+) -> None:
+    """Run `kernel` on (values, constants), the order of its parameters. The first value is a tensor."""
+    with _on(values[0]):
+        kernel[grid](*values, **constants, num_warps=warps)
 
 
 @triton.jit

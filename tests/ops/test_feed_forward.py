@@ -126,7 +126,7 @@ def test_opcheck():
     kept = torch.rand_like(x) < 0.5
     for mask, scale in ((None, 1.0), (kept, 2.0)):
         torch.library.opcheck(
-            torch.ops.longctx.residual_feed_forward, (x, mixed, mask, scale, mask is None, gain, offset, 1e-5, *rest)
+            torch.ops.longctx.residual_feed_forward, (x, mixed, mask, scale, mask is None, 3, gain, offset, 1e-5, *rest)
         )
 
 
