@@ -189,7 +189,7 @@ def test_the_functions_under_the_interpreter():
     """What trains and infers with them, from the kernels' side, batches and slabs included."""
     code = """
 import torch
-from test_feed_forward import call, make, plain
+from test_feed_forward import call, gradients, make, plain
 from longctx.ops import feed_forward, layer_norm
 layer_norm.kernels.fits = lambda x: x.dtype == torch.float16
 feed_forward.CPU_TOKENS = 50
