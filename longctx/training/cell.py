@@ -63,8 +63,8 @@ def run_lightning_cell(
 
         samples_round        seconds of each training step as Lightning runs it, waiting for data included
         bare_samples_round   the same in the plain loop
-        lightning            first_loss, last_loss (nats a token), data_share (of the time, waiting for the next batch),
-                             parameters, precision, version
+        lightning            first_loss, last_loss (nats a token, None where not finite), data_share (of the time,
+                             waiting for the next batch), parameters, precision, version
         peak_memory_mb       highest level in a step above the level just before it: weights and the optimizer's state
                              are no part of it, the gradients of the step before are freed in it
     """
@@ -147,8 +147,8 @@ class _Training:
         if clock.contention["contended"] and self.device.type == "cpu":
             found["warnings"] = ["contended"]
         found["lightning"] = {
-            "first_loss": float(clock.losses[0]),
-            "last_loss": float(clock.losses[-1]),
+            "first_loss": _finite(clock.losses[0]),
+            "last_loss": _finite(clock.losses[-1]),
             "data_share": clock.data_share,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "precision": PRECISIONS[self.cell.dtype],
@@ -328,6 +328,11 @@ class _Stamps:
             torch.cuda.synchronize(self.device)
             return [first.elapsed_time(last) * 1e-3 for first, last in pairs]
         return [last - first for first, last in pairs]
+
+
+def _finite(loss: Tensor) -> float | None:
+    # AdamW alone in fp16 soon divides by zero. A step takes its time all the same.
+    return float(loss) if bool(loss.isfinite()) else None
 
 
 class _Repeated(Dataset):

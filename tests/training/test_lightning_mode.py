@@ -98,6 +98,14 @@ def test_a_cell_as_lightning_runs_it(dtype, config, global_state, tmp_path, monk
     assert list(tmp_path.iterdir()) == [], "a Trainer left files behind"
 
 
+def test_a_loss_that_is_no_number_is_null(config, monkeypatch):
+    real = cell.LongContextLM.loss
+    monkeypatch.setattr(cell.LongContextLM, "loss", lambda self, batch: real(self, batch) * float("nan"))
+    found = run_lightning_cell(a_cell(), Plan(runs=2, exact=True, gate=False), config=config.to_json())
+    assert found["status"] == "ok"
+    assert found["lightning"]["first_loss"] is found["lightning"]["last_loss"] is None
+
+
 def test_both_loops_train_alike(config, monkeypatch):
     """The bare loop is no other training: the same losses from the same weights."""
     losses = []
