@@ -120,11 +120,13 @@ def time_call(
             first, warmed = clock.first_call(), warmed + 1
             call_s = first if call_s is None else call_s
         emit({"event": "phase", "phase": "warmup"})
+        # Before the warm-up: a pause behind it would have the first samples taken by a chip that has rested.
+        gpu_before = _cooled(device)
         warmups, call_s = _warm_up(clock, plan, warmed=warmed, call_s=call_s)
         calls_per_sample = max(1, math.ceil(MIN_SAMPLE_S[clock.kind] / call_s))
         calls_per_sample = min(calls_per_sample, most_calls or calls_per_sample)
         emit({"event": "phase", "phase": "timing"})
-        gpu_before, host_before = _cooled(device), contention_sample()
+        host_before = contention_sample()
         contention = None
         if orders is None:
             samples = _sample(clock, plan, emit, call_s=call_s, calls_per_sample=calls_per_sample)
