@@ -22,9 +22,11 @@ from longctx.ops.blade_training_graph import TrainingSlabs
 def make(*, device=None, dtype=torch.float64, d_model=12, n_heads=4, chunk_size=4, state_dim=5, **options):
     shape = {"d_model": d_model, "n_heads": n_heads, "chunk_size": chunk_size, "state_dim": state_dim}
     block = blocks.build("BLADE", **shape, device=device, dtype=dtype, **options)
+    # Products of wide blocks would leave the range of fp16.
+    scale = min(1.0, (64 / d_model) ** 0.5)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
-            parameter.add_((0.4 if "state" in name else 0.1) * torch.randn_like(parameter))
+            parameter.add_((0.4 if "state" in name else 0.1) * scale * torch.randn_like(parameter))
     return block
 
 
