@@ -6,9 +6,12 @@ no terminal never gets an escape, and only a real terminal, outside CI, gets an 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from typing import TextIO
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -61,3 +64,23 @@ def _isatty(stream: TextIO) -> bool:
 def ascii_only(console: Console) -> bool:
     """Whether this console cannot carry more than ASCII."""
     return not console.encoding.lower().startswith("utf")
+
+
+@contextlib.contextmanager
+def cursor_while_stopped(console: Console) -> Iterator[None]:
+    """Ctrl-Z leaves a shell with its cursor, although an animation has hidden it; `fg` hides it again."""
+
+    def stop(number: int, frame: Any) -> None:
+        console.show_cursor(True)
+        signal.raise_signal(signal.SIGSTOP)
+        console.show_cursor(False)
+
+    before = None
+    # Not in other threads, nor where there are no such signals.
+    with contextlib.suppress(ValueError, AttributeError):
+        before = signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTSTP, before)

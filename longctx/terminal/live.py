@@ -6,6 +6,7 @@ processors belong to what is being measured, and what is taller cannot be cleare
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -30,7 +31,7 @@ from longctx.events import (
 )
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
-from longctx.terminal.console import ascii_only
+from longctx.terminal.console import ascii_only, cursor_while_stopped
 from longctx.terminal.estimate import Estimate
 from longctx.terminal.tables import Column, environment_line, gate_error, layout, status_word
 
@@ -168,6 +169,7 @@ class LiveView(SweepView):
         self.message = "starting"
         self._lock = threading.RLock()
         self._live: Live | None = None
+        self._closing = contextlib.ExitStack()
         self._drawn = 0.0
 
     def __enter__(self) -> LiveView:
@@ -183,12 +185,13 @@ class LiveView(SweepView):
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._closing.enter_context(cursor_while_stopped(self.console))
         self._live.start(refresh=True)
+        self._closing.callback(self._live.stop)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._closing.close()
 
     def update(self, event: Event) -> None:
         with self._lock:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 
 import pytest
+from rich.console import Console
 
-from longctx.terminal.console import PIPE_WIDTH, ascii_only, result_console, status_console
+from longctx.terminal.console import PIPE_WIDTH, ascii_only, cursor_while_stopped, result_console, status_console
 
 
 class Terminal(io.TextIOWrapper):
@@ -77,3 +79,16 @@ def test_a_character_that_the_encoding_lacks_does_not_end_the_command(stream) ->
     assert buffer.getvalue() == b"\\xe9\\udc80\n"
     stream(encoding="utf-8")
     assert not ascii_only(result_console())
+
+
+def test_a_stopped_animation_gives_the_cursor_back_and_takes_it_again(monkeypatch) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True)
+    told = []
+    monkeypatch.setattr(signal, "raise_signal", lambda number: told.append((number, out.getvalue())))
+    before = signal.getsignal(signal.SIGTSTP)
+    with cursor_while_stopped(console):
+        signal.getsignal(signal.SIGTSTP)(signal.SIGTSTP, None)
+    assert told == [(signal.SIGSTOP, "\x1b[?25h")]
+    assert out.getvalue().endswith("\x1b[?25l")
+    assert signal.getsignal(signal.SIGTSTP) == before
