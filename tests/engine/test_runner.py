@@ -1101,7 +1101,7 @@ def test_a_sweep_that_is_killed_again_and_again_loses_and_repeats_nothing(comman
     for _ in range(KILLS):
         process = command("--resume", cells=MANY)
         # Anywhere in its life: while it starts, while it measures, while it saves.
-        end = time.monotonic() + chance.random() * 4.0
+        end = time.monotonic() + chance.random() * 3.0
         workers = []
         while time.monotonic() < end:
             rows_on_disk(saved(tmp_path))
