@@ -172,7 +172,7 @@ _operator = torch.library.custom_op("longctx::residual_feed_forward", _forward, 
 
 
 @_operator.register_fake
-def _(x, mixed, kept, scale, keep_hidden, step, norm_weight, norm_bias, eps, up_weight, *rest):  # type: ignore[no-untyped-def]
+def _(x, mixed, kept, scale, keep_hidden, step, norm_weight, norm_bias, eps, up_weight, *rest):
     y, r = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     return y, r, x.new_empty(x.numel() // x.shape[-1] if keep_hidden else 0, up_weight.shape[0])
 
@@ -236,7 +236,7 @@ _backward_operator = torch.library.custom_op("longctx::residual_feed_forward_bac
 
 
 @_backward_operator.register_fake
-def _(grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias):  # type: ignore[no-untyped-def]
+def _(grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias):
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
     return torch.empty_like(r), *(torch.empty_like(p) for p in parameters)
 

@@ -163,12 +163,12 @@ _INPUTS = (
 
 
 @torch.library.custom_op("longctx::list_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _operator(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _operator(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):
     return run_forward(q, k, v, plan, num_globals, window, size, start, length, dropout_p, seed)
 
 
 @_operator.register_fake
-def _(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):
     sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), sums
 
@@ -178,14 +178,14 @@ def _(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dr
     mutates_args=(),
     schema=f"(Tensor grad, Tensor out, Tensor sums, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_operator(grad, out, sums, *inputs):  # type: ignore[no-untyped-def]
+def _backward_operator(grad, out, sums, *inputs):
     from longctx.ops.list_attention_gradients import run_backward
 
     return run_backward(grad, out, sums, *inputs)
 
 
 @_backward_operator.register_fake
-def _(grad, out, sums, q, k, v, *others):  # type: ignore[no-untyped-def]
+def _(grad, out, sums, q, k, v, *others):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 

@@ -72,7 +72,7 @@ def _empty(qkv: Tensor, heads: int, head: int = 0) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "longctx::packed_window_attention", mutates_args=(), schema=f"({_WINDOW_INPUTS}) -> (Tensor, Tensor)"
 )
-def _window(qkv, rows, heads, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _window(qkv, rows, heads, left, right, dropout_p, seed):
     head = 0 if rows is None else rows.shape[1]
     out, _ = _empty(qkv, heads)
     if rows is not None:
@@ -82,7 +82,7 @@ def _window(qkv, rows, heads, left, right, dropout_p, seed):  # type: ignore[no-
 
 
 @_window.register_fake
-def _(qkv, rows, heads, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _(qkv, rows, heads, left, right, dropout_p, seed):
     return _empty(qkv, heads, 0 if rows is None else rows.shape[1])
 
 
@@ -91,7 +91,7 @@ def _(qkv, rows, heads, left, right, dropout_p, seed):  # type: ignore[no-untype
     mutates_args=(),
     schema=f"(Tensor grad, Tensor out, Tensor sums, {_WINDOW_INPUTS}) -> Tensor",
 )
-def _window_gradient(grad, out, sums, qkv, rows, heads, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _window_gradient(grad, out, sums, qkv, rows, heads, left, right, dropout_p, seed):
     head = 0 if rows is None else rows.shape[1]
     target = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     target[:, :head, :heads] = 0.0
@@ -102,7 +102,7 @@ def _window_gradient(grad, out, sums, qkv, rows, heads, left, right, dropout_p, 
 
 
 @_window_gradient.register_fake
-def _(grad, out, sums, qkv, *others):  # type: ignore[no-untyped-def]
+def _(grad, out, sums, qkv, *others):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
@@ -136,13 +136,13 @@ _LIST_INPUTS = (
 @torch.library.custom_op(
     "longctx::packed_list_attention", mutates_args=(), schema=f"({_LIST_INPUTS}) -> (Tensor, Tensor)"
 )
-def _list(qkv, plan, readers, ends, heads, num_globals, window, size, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _list(qkv, plan, readers, ends, heads, num_globals, window, size, dropout_p, seed):
     numbers = (num_globals, window, size, 0, qkv.shape[1])
     return lists.run_forward(*split(qkv, heads), plan, *numbers, dropout_p, seed)
 
 
 @_list.register_fake
-def _(qkv, plan, readers, ends, heads, *others):  # type: ignore[no-untyped-def]
+def _(qkv, plan, readers, ends, heads, *others):
     return _empty(qkv, heads)
 
 
@@ -151,7 +151,7 @@ def _(qkv, plan, readers, ends, heads, *others):  # type: ignore[no-untyped-def]
     mutates_args=(),
     schema=f"(Tensor grad, Tensor out, Tensor sums, {_LIST_INPUTS}) -> Tensor",
 )
-def _list_gradient(grad, out, sums, qkv, plan, readers, ends, heads, num_globals, window, size, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _list_gradient(grad, out, sums, qkv, plan, readers, ends, heads, num_globals, window, size, dropout_p, seed):
     target = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     tensors = (*split(qkv, heads), plan, readers, ends)
     numbers = (num_globals, window, size, 0, qkv.shape[1])
@@ -160,7 +160,7 @@ def _list_gradient(grad, out, sums, qkv, plan, readers, ends, heads, num_globals
 
 
 @_list_gradient.register_fake
-def _(grad, out, sums, qkv, *others):  # type: ignore[no-untyped-def]
+def _(grad, out, sums, qkv, *others):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 

@@ -225,12 +225,12 @@ _INPUTS = (
 
 
 @torch.library.custom_op("longctx::window_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _operator(q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _operator(q, k, v, global_k, global_v, left, right, dropout_p, seed):
     return run_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed)
 
 
 @_operator.register_fake
-def _(q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _(q, k, v, global_k, global_v, left, right, dropout_p, seed):
     sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), sums
 
@@ -240,14 +240,14 @@ def _(q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignor
     mutates_args=(),
     schema=f"(Tensor grad, Tensor out, Tensor sums, {_INPUTS}) -> Tensor[]",
 )
-def _backward_operator(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _backward_operator(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):
     from longctx.ops.window_attention_gradients import run_backward
 
     return run_backward(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed)
 
 
 @_backward_operator.register_fake
-def _(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):  # type: ignore[no-untyped-def]
+def _(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):
     tensors = (q, k, v) if global_k is None else (q, k, v, global_k, global_v)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
