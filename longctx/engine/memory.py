@@ -76,15 +76,16 @@ def measure_memory(
 def resting(device: torch.device) -> Resting:
     """What a GPU's memory holds now; nothing on a CPU. Workspaces of cuBLAS are made first if they are missing.
 
-    They stay for the life of the process, so they belong to the floor and not to the block that came first.
+    They stay for the life of the process, so they belong to the floor and not to the block that came first. Autograd
+    runs backward in a thread of its own, whose workspace is another.
     """
     if device.type != "cuda":
         return Resting()
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        a = torch.ones(64, 64, device=device, dtype=dtype)
-        torch.addmm(a[0], a, a)
-        torch.mm(a, a)
-        del a
+    with torch.inference_mode(False), torch.enable_grad():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+            (torch.addmm(a[0], a, a) + torch.mm(a, a)).sum().backward()
+            del a
     gc.collect()
     torch.cuda.synchronize(device)
     return Resting(tensor_bytes=requested_bytes(device, "current"), graph_bytes=_graph_pool_bytes(device))
