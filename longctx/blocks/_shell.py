@@ -7,6 +7,7 @@ Letters: B batch, T sequence length, D d_model, H n_heads, G num_kv_heads, K hea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from longctx.blocks._recompute import recomputed
 from longctx.errors import UsageError
 from longctx.ops.feed_forward import infer, residual_feed_forward
-from longctx.ops.layer_norm import kernels_fit, layer_norm
+from longctx.ops.layer_norm import kept_as_input, kernels_fit, layer_norm
 
 # Tokens that inference takes through the block at a time. On a CPU the hidden tensor of a slab then stays in the
 # cache and its pages are not faulted in again at every call; on a GPU slabs only bound the memory of long sequences.
@@ -140,7 +141,13 @@ class PreNormBlock(nn.Module):
 
     def _differentiable(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
         """Forward as autograd and autocast can follow it."""
-        mixed, state = self.mix(self.norm(x), state, keep_state)
+        u = self.norm(x)
+        keep: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep = kept_as_input(u, x, self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
+        with keep:
+            mixed, state = self.mix(u, state, keep_state)
+        del u
         drop = self.dropout if self.training else 0.0
         # Where the whole sequence is computed again at once, its hidden rows are left to the feed-forward's slabs.
         in_slabs = self.recompute == "block" and self.restarts and self.causal

@@ -12,6 +12,7 @@ Letters: B batch, T tokens, D d_model, t tokens of a slab; the hidden rows are 4
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernels_fit, normalize
+from longctx.ops.weight_gradient import WeightGradient
 
-# Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU a sixth of the
-# call within these bounds, so that buffers stay small beside what is kept and products large enough to be fast.
+# Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU half of the
+# call within these bounds, so that buffers stay small beside what is kept, and products are large and few.
 CPU_TOKENS = 1024
 GPU_LEAST, GPU_MOST = 8192, 65536
 
@@ -70,7 +72,7 @@ def infer(
 ) -> None:
     """out = y, without autograd and dropout. x, mixed, out `[B, t, D]`; hidden: a buffer of B * t rows."""
     normed = add_normalize(x, mixed, *norm, shifted=out, shift=down[1]).flatten(0, 1)
-    if kernels is not None and kernels.product_fits(normed, up[0]):
+    if kernels is not None and kernels.product_fits(normed, up[0], hidden.shape[1]):
         kernels.linear_gelu(normed, *up, out=hidden)
     else:
         _expand(normed, *up, out=hidden)
@@ -108,7 +110,7 @@ def _slab_tokens(x: Tensor, whole: bool) -> int:
     rows = x.shape[0] * x.shape[1]
     if x.device.type == "cpu":
         return CPU_TOKENS
-    return rows if whole else max(GPU_LEAST, min(GPU_MOST, -(-rows // (6 * 2048)) * 2048))
+    return rows if whole else max(GPU_LEAST, min(GPU_MOST, -(-rows // 4096) * 2048))
 
 
 def _slabs(rows: int, step: int) -> Iterator[slice]:
@@ -157,9 +159,13 @@ def _forward(
         )
         count = slab.stop - slab.start
         wide = x.new_empty(count, up_weight.shape[0]) if wide is None else wide[:count]
-        before = hidden[slab] if keep_hidden else wide
-        _expand(normed[0], up_weight, up_bias, out=before)
-        _gelu(before, up_bias, out=wide)
+        if kernels is not None and kernels.product_fits(normed[0], up_weight, wide.shape[1]):
+            before = hidden[slab] if keep_hidden else None
+            kernels.linear_gelu(normed[0], up_weight, up_bias, out=wide, before=before)
+        else:
+            before = hidden[slab] if keep_hidden else wide
+            _expand(normed[0], up_weight, up_bias, out=before)
+            _gelu(before, up_bias, out=wide)
         if flat_kept is None:
             _accumulate(flat_y[:, slab], wide, down_weight)
         else:
@@ -200,16 +206,16 @@ def _backward(
     flat_kept = None if kept is None else kept.reshape(rows, width)
     norm = NormGradients(r, norm_weight, eps)
     gelu = _GeluGradients(r, up_bias)
-    sums = gelu.partials.dtype
-    d_up, d_down = (torch.zeros_like(weight, dtype=sums) for weight in (up_weight, down_weight))
-    d_dropped = torch.zeros_like(down_bias, dtype=sums)
-    buffers: list[Tensor] = []
+    d_up, d_down = WeightGradient(), WeightGradient()
+    d_dropped: Tensor | None = None
+    buffer: Tensor | None = None
     for slab in _slabs(rows, step):
         count = slab.stop - slab.start
-        if not buffers:
-            buffers = [r.new_empty(count, n) for n in (wide, wide, width)]
+        if buffer is None:
+            buffer = r.new_empty(count, wide)
             again = None if hidden.shape[0] else r.new_empty(count, wide)
-        dh, after, dn = (buffer[:count] for buffer in buffers)
+        # The rows behind GELU and then their gradients: the second overwrite the first.
+        after = dh = buffer[:count]
         normed = normalize(flat_r[None, slab], norm_weight, norm_bias, eps)[0]
         before = hidden[slab] if again is None else again[:count]
         if again is not None:
@@ -217,17 +223,18 @@ def _backward(
         behind = flat_grad[slab]
         if flat_kept is not None:
             behind = (behind * flat_kept[slab]).mul_(scale)
-            d_dropped += behind.sum(0, dtype=sums)
-        torch.mm(behind, down_weight, out=dh)
-        gelu.rows(dh, before, out=after)
-        d_down += torch.mm(behind.t(), after)
-        d_up += torch.mm(dh.t(), normed)
-        torch.mm(dh, up_weight, out=dn)
+            dropped = behind.sum(0, dtype=norm.partials.dtype)
+            d_dropped = dropped if d_dropped is None else d_dropped.add_(dropped)
+        _gelu(before, up_bias, out=after)
+        d_down.add(behind, after)
+        gelu.rows(behind, down_weight, before, out=dh)
+        d_up.add(dh, normed)
+        dn = torch.mm(dh, up_weight, out=normed)
         norm.rows(dn, flat_r[slab], out=flat_dr[slab], beside=flat_grad[slab])
     d_gain, d_offset, d_bias = norm.sums()
-    if kept is not None:
+    if d_dropped is not None:
         d_bias = d_dropped
-    found = (d_gain, d_offset, d_up, gelu.partials.sum(0), d_down, d_bias)
+    found = (d_gain, d_offset, d_up.total, gelu.sum(), d_down.total, d_bias)
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
     return dr, *(one.to(parameter.dtype) for one, parameter in zip(found, parameters, strict=True))
 
@@ -242,23 +249,34 @@ def _(grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight
 
 
 class _GeluGradients:
-    """Backward of GELU over many calls; `partials` `[P, W]` sums the gradients over all rows so far."""
+    """Backward of GELU and of the product behind it, over many slabs."""
 
     def __init__(self, like: Tensor, bias: Tensor) -> None:
-        self.bias, width = bias, bias.shape[0]
-        self.fused = kernels_fit(like) and width <= kernels.WIDEST
-        count = kernels.programs(like.numel() // like.shape[-1]) if self.fused else 1
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.partials = like.new_zeros(count, width, dtype=dtype)
+        self.like, self.bias = like, bias
+        self.fused = kernels_fit(like) and bias.shape[0] <= kernels.WIDEST
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.parts: list[Tensor] = []
+        self.partials: Tensor | None = None
 
-    def rows(self, grad: Tensor, before: Tensor, *, out: Tensor) -> None:
-        """In place of grad `[t, W]` that of the rows before GELU, and in `out` the rows behind it."""
-        if self.fused:
-            kernels.gelu_backward(grad, before, self.bias, self.partials, out=out)
+    def rows(self, grad: Tensor, weight: Tensor, before: Tensor, *, out: Tensor) -> None:
+        """out `[t, W]` = gradient of the rows before GELU: grad `[t, D]` is that of GELU's rows times weight^T."""
+        if kernels is not None and kernels.product_fits(grad, weight, out.shape[1]):
+            self.parts.append(kernels.linear_gelu_backward(grad, weight, before, self.bias, out=out))
             return
-        torch.ops.aten.gelu.out(before, out=out)
-        torch.ops.aten.gelu_backward.grad_input(grad, before, grad_input=grad)
-        self.partials[0] += grad.sum(0, dtype=self.partials.dtype)
+        torch.mm(grad, weight, out=out)
+        if self.fused:
+            if self.partials is None:
+                count = kernels.programs(self.like.numel() // self.like.shape[-1])
+                self.partials = out.new_zeros(count, out.shape[1], dtype=self.dtype)
+            kernels.gelu_backward(out, before, self.bias, self.partials)
+            return
+        torch.ops.aten.gelu_backward.grad_input(out, before, grad_input=out)
+        self.parts.append(out.sum(0, dtype=self.dtype))
+
+    def sum(self) -> Tensor:
+        """Gradient of the bias before GELU, `[W]`, in fp32 at least."""
+        parts = self.parts if self.partials is None else [*self.parts, self.partials.sum(0)]
+        return functools.reduce(Tensor.add_, parts)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

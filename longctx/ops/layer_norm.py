@@ -35,6 +35,37 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return run(x, weight, bias, eps)
 
 
+class kept_as_input(torch.autograd.graph.saved_tensors_hooks):
+    """Context in which what autograd keeps of `u = layer_norm(x, ...)` until backward is x alone.
+
+    u is computed again when backward first asks for it, and let go when it has asked as often as there was a reason to
+    keep it. Gradients of first order only.
+    """
+
+    def __init__(self, u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+        super().__init__(self._pack, self._unpack)
+        self.storage, self.arguments = u.untyped_storage().data_ptr(), (x, weight, bias, eps)
+        self.kept = self.asked = 0
+        self.again: Tensor | None = None
+
+    def _pack(self, t: Tensor) -> Any:
+        if t.untyped_storage().data_ptr() != self.storage:
+            return t
+        self.kept += 1
+        return t.size(), t.stride(), t.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if self.again is None:
+            with torch.no_grad():
+                self.again = normalize(*self.arguments)
+        u, self.asked = self.again.as_strided(*packed), self.asked + 1
+        if self.asked >= self.kept:
+            self.again, self.asked = None, 0
+        return u
+
+
 def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The same without autograd."""
     if not kernels_fit(x):

@@ -9,15 +9,14 @@ Letters: B batch, T tokens, D d_model, W the width of a row, P programs.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from longctx.ops.launch import launch
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -33,6 +32,7 @@ GELU_TILE = (16, 256)
 # Rows, columns and depth of a tile of the product with GELU behind it, its warps and stages: two tiles share a
 # multiprocessor, so that one does GELU while the other multiplies. Below so many rows launching it costs more.
 PRODUCT_TILE = (128, 128, 64, 4, 3)
+PRODUCT_BACKWARD_TILE = (128, 128, 64, 8, 3)
 PRODUCT_LEAST = 16384
 
 
@@ -96,7 +96,7 @@ def _normalize(
         constants = {"W": width, "PAD": padded, "LINES": lines}
         constants |= {"ADD": added is not None, "TOTAL": total is not None, "SHIFTED": shifted is not None}
         values = (*values, *strides[0], *strides[1], *strides[2], eps)
-        _launch(_norm_forward, grid, values, constants, warps=4 if padded <= 4096 else 8)
+        launch(_norm_forward, grid, values, constants, num_warps=4 if padded <= 4096 else 8)
 
 
 def layer_norm_backward(
@@ -111,7 +111,7 @@ def layer_norm_backward(
     lines = max(1, TILE // 2 // padded)
     constants = {"W": width, "PAD": padded, "LINES": lines, "BESIDE": beside is not None}
     values = (grad, x, weight, beside, out, partials, rows, eps)
-    _launch(_norm_backward, (partials.shape[0], 1, 1), values, constants, warps=4 if padded <= 2048 else 8)
+    launch(_norm_backward, (partials.shape[0], 1, 1), values, constants, num_warps=4 if padded <= 2048 else 8)
 
 
 def gelu(x: Tensor, bias: Tensor, *, out: Tensor) -> None:
@@ -119,11 +119,11 @@ def gelu(x: Tensor, bias: Tensor, *, out: Tensor) -> None:
     rows, width = x.shape
     lines, columns = GELU_TILE
     grid = (-(-rows // lines), -(-width // columns), 1)
-    _launch(_gelu_forward, grid, (x, bias, out, rows, width), {"LINES": lines, "COLUMNS": columns}, warps=4)
+    launch(_gelu_forward, grid, (x, bias, out, rows, width), {"LINES": lines, "COLUMNS": columns}, num_warps=4)
 
 
-def gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, partials: Tensor, *, out: Tensor) -> None:
-    """In place of grad `[rows, W]` that of x, and in `out` GELU(x + bias) once more: all contiguous.
+def gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, partials: Tensor, *, out: Tensor | None = None) -> None:
+    """In place of grad `[rows, W]` that of x, and in `out`, if given, GELU(x + bias) once more: all contiguous.
 
     Adds to partials `[P, W]`, fp32, the sum of the gradient over its rows.
     """
@@ -131,18 +131,19 @@ def gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, partials: Tensor, *, ou
     lines, columns = GELU_TILE
     grid = (partials.shape[0], -(-width // columns), 1)
     values = (grad, x, bias, out, partials, rows, width)
-    _launch(_gelu_backward, grid, values, {"LINES": lines, "COLUMNS": columns}, warps=4)
+    launch(_gelu_backward, grid, values, {"LINES": lines, "COLUMNS": columns, "AFTER": out is not None}, num_warps=4)
 
 
-def product_fits(rows: Tensor, weight: Tensor) -> bool:
-    """Whether `linear_gelu` can do this product, and faster than the BLAS and GELU behind it."""
+def product_fits(rows: Tensor, weight: Tensor, width: int) -> bool:
+    """Whether the products below can do rows `[t, D]` times weight to `[t, width]`, faster than BLAS and GELU apart."""
     _, columns, depth, *_ = PRODUCT_TILE
     return (
         TensorDescriptor is not None
         and fits(rows)
         and rows.shape[0] >= PRODUCT_LEAST
-        and weight.shape[0] % columns == 0
-        and weight.shape[1] % depth == 0
+        and width % columns == 0
+        and rows.shape[1] % depth == 0
+        and rows.is_contiguous()
         and rows.dtype == weight.dtype
         and weight.is_contiguous()
         and not torch.compiler.is_compiling()
@@ -150,19 +151,46 @@ def product_fits(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor) -> None:
-    """out = GELU(rows @ weight^T + bias), exact (erf): rows `[t, D]`, weight `[W, D]`, out `[t, W]`, contiguous."""
+def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor, before: Tensor | None = None) -> None:
+    """out = GELU(rows @ weight^T + bias), exact (erf): rows `[t, D]`, weight `[W, D]`, out `[t, W]`, contiguous.
+
+    before, if given, is overwritten with rows @ weight^T.
+    """
     lines, columns, depth, warps, stages = PRODUCT_TILE
     count, width = out.shape
-    with _on(rows):
-        _linear_gelu[(triton.cdiv(count, lines) * (width // columns),)](
-            TensorDescriptor.from_tensor(rows, [lines, depth]),
-            TensorDescriptor.from_tensor(weight, [columns, depth]),
-            bias,
-            TensorDescriptor.from_tensor(out, [lines, columns]),
-            D=rows.shape[1], TILES=width // columns, LINES=lines, COLUMNS=columns, DEPTH=depth,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    values = (
+        bias,
+        TensorDescriptor.from_tensor(rows, [lines, depth]),
+        TensorDescriptor.from_tensor(weight, [columns, depth]),
+        TensorDescriptor.from_tensor(out, [lines, columns]),
+        TensorDescriptor.from_tensor(out if before is None else before, [lines, columns]),
+    )
+    constants = {"D": rows.shape[1], "TILES": width // columns, "LINES": lines, "COLUMNS": columns, "DEPTH": depth}
+    constants["BEFORE"] = before is not None
+    grid = (triton.cdiv(count, lines) * (width // columns),)
+    launch(_linear_gelu, grid, values, constants, num_warps=warps, num_stages=stages)
+
+
+def linear_gelu_backward(grad: Tensor, weight: Tensor, before: Tensor, bias: Tensor, *, out: Tensor) -> Tensor:
+    """out = (grad @ weight) * GELU'(before + bias): grad `[t, D]`, weight `[D, W]`, before and out `[t, W]`.
+
+    All contiguous. Returns the sum of out over t, `[W]` in fp32.
+    """
+    lines, columns, depth, warps, stages = PRODUCT_BACKWARD_TILE
+    count, width = out.shape
+    partials = out.new_empty(triton.cdiv(count, lines), width, dtype=torch.float32)
+    values = (
+        bias,
+        TensorDescriptor.from_tensor(grad, [lines, depth]),
+        TensorDescriptor.from_tensor(weight, [depth, columns]),
+        TensorDescriptor.from_tensor(before, [lines, columns]),
+        TensorDescriptor.from_tensor(out, [lines, columns]),
+        partials,
+    )
+    constants = {"D": grad.shape[1], "TILES": width // columns, "LINES": lines, "COLUMNS": columns, "DEPTH": depth}
+    grid = (partials.shape[0] * (width // columns),)
+    launch(_linear_gelu_backward, grid, values, constants, num_warps=warps, num_stages=stages)
+    return partials.sum(0)
 
 
 def programs(rows: int) -> int:
@@ -170,28 +198,12 @@ def programs(rows: int) -> int:
     return max(1, min(PROGRAMS, rows // 16))
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    # On a CPU under Triton's interpreter, which tests use; where there is one GPU, entering it is for nothing.
-    if x.is_cuda and (torch.compiler.is_compiling() or _gpus() > 1):
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
-_gpus = functools.cache(torch.cuda.device_count)
 _known_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
     # torch.compile knows torch's function, and cannot look through the cache.
     return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], values: tuple[Any, ...], constants: Mapping[str, Any], *, warps: int
-) -> None:
-    """Run `kernel` on (values, constants), the order of its parameters. The first value is a tensor."""
-    with _on(values[0]):
-        kernel[grid](*values, **constants, num_warps=warps)
 
 
 @triton.jit
@@ -302,8 +314,9 @@ def _gelu_forward(x, bias, out, rows, width, LINES: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def _linear_gelu(
-    rows, weight, bias, out,
+    bias, rows, weight, out, before,
     D: tl.constexpr, TILES: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    BEFORE: tl.constexpr,
 ):  # fmt: skip
     # Tiles of one row of tiles follow each other: they share its rows, and the weights stay in the L2.
     first = tl.program_id(0) // TILES * LINES
@@ -311,12 +324,41 @@ def _linear_gelu(
     acc = tl.zeros((LINES, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
         acc = tl.dot(rows.load([first, start]), weight.load([column, start]).T, acc)
+    if BEFORE:
+        before.store([first, column], acc.to(before.dtype))
     h = acc + tl.load(bias + column + tl.arange(0, COLUMNS)).to(tl.float32)[None, :]
     out.store([first, column], (h * _below(h)).to(out.dtype))
 
 
 @triton.jit
-def _gelu_backward(grad, x, bias, out, partials, rows, width, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+def _linear_gelu_backward(
+    bias, grad, weight, before, out, partials,
+    D: tl.constexpr, TILES: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0) // TILES
+    first = line * LINES
+    column = tl.program_id(0) % TILES * COLUMNS
+    acc = tl.zeros((LINES, COLUMNS), tl.float32)
+    for start in range(0, D, DEPTH):
+        acc = tl.dot(grad.load([first, start]), weight.load([start, column]), acc)
+    lanes = column + tl.arange(0, COLUMNS)
+    h = before.load([first, column]).to(tl.float32) + tl.load(bias + lanes).to(tl.float32)[None, :]
+    # Rows past the end are zeros of grad, and so add nothing to the sum.
+    g = acc * _gelu_slope(h)
+    tl.store(partials + line.to(tl.int64) * (TILES * COLUMNS) + lanes, tl.sum(g, 0))
+    out.store([first, column], g.to(out.dtype))
+
+
+@triton.jit
+def _gelu_slope(h):
+    return _below(h) + h * tl.exp2(h * h * -0.7213475204444817) * 0.3989422804014327
+
+
+@triton.jit
+def _gelu_backward(
+    grad, x, bias, out, partials, rows, width,
+    LINES: tl.constexpr, COLUMNS: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     share = tl.cdiv(tl.cdiv(rows, LINES), tl.num_programs(0)) * LINES
     first = program.to(tl.int64) * share
@@ -330,10 +372,10 @@ def _gelu_backward(grad, x, bias, out, partials, rows, width, LINES: tl.constexp
         place = (row * width)[:, None] + lanes[None, :]
         h = tl.load(x + place, mask=there, other=0.0).to(tl.float32) + offset
         g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
-        below = _below(h)
-        g = g * (below + h * tl.exp2(h * h * -0.7213475204444817) * 0.3989422804014327)
+        g *= _gelu_slope(h)
         total += g
-        tl.store(out + place, (h * below).to(out.dtype.element_ty), mask=there)
+        if AFTER:
+            tl.store(out + place, (h * _below(h)).to(out.dtype.element_ty), mask=there)
         tl.store(grad + place, g.to(grad.dtype.element_ty), mask=there)
     mine = partials + program * width + lanes
     tl.store(mine, tl.load(mine, mask=known, other=0.0) + tl.sum(total, 0), mask=known)

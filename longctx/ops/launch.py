@@ -1,0 +1,67 @@
+"""Launching a Triton kernel at a fraction of what `kernel[grid](...)` asks of the host.
+
+Triton looks at every argument of every launch to find the compiled variant, some 20 to 60 us of Python; short rows
+take less than that on the GPU. Here a variant once found is kept under what it depends on, and launched itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+_variants: dict[tuple[Any, ...], CompiledKernel] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...], constants: Mapping[str, Any], **options: int
+) -> None:
+    """Run `kernel` over `grid` on (values, constants), the order of its parameters, on the device of the first value.
+
+    values: tensors, numbers, None, tensor descriptors. constants: its `tl.constexpr` parameters. options: num_warps,
+    num_stages. Under Triton's interpreter the tensors may lie on a CPU.
+    """
+    first = values[0]
+    with on_device_of(first):
+        if torch.compiler.is_compiling():
+            kernel[grid](*values, **constants, **options)
+            return
+        fixed = tuple(constants.values())
+        # A kernel lives as long as its module, so its id is its name.
+        key = (id(kernel), first.get_device(), fixed, *options.values(), *map(_kind, values))
+        variant = _variants.get(key)
+        if variant is not None:
+            variant[(*grid, 1, 1)[:3]](*values, *fixed)
+            return
+        variant = kernel[grid](*values, **constants, **options)
+        if isinstance(variant, CompiledKernel):
+            _variants[key] = variant
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The device of x as the current one, on which Triton launches."""
+    # On a CPU under Triton's interpreter, which tests use; where there is one GPU, entering it is for nothing.
+    if x.is_cuda and (torch.compiler.is_compiling() or _gpus() > 1):
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+_gpus = functools.cache(torch.cuda.device_count)
+
+
+def _kind(value: Any) -> Any:
+    """All that a compiled variant depends on in an argument: never less than Triton distinguishes."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31
+    if type(value) is float:
+        return float
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return value.base.dtype, *value.block_shape, getattr(value, "padding", None)
+    return value

@@ -1,0 +1,25 @@
+"""The gradient of a weight over many slabs of rows, summed in fp32 at least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class WeightGradient:
+    """Sum over slabs of grad^T @ rows, `[W, D]`, for grad `[t, W]` and rows `[t, D]`."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, grad: Tensor, rows: Tensor) -> None:
+        half = grad.dtype in (torch.float16, torch.bfloat16)
+        if self.total is not None and not half:
+            self.total.addmm_(grad.t(), rows)
+            return
+        if half and grad.is_cuda:
+            # Rounding each slab's product to half precision first would cost more than all slabs together may be off.
+            product = torch.mm(grad.t(), rows, out_dtype=torch.float32)
+        else:
+            product = torch.mm(grad.t(), rows).to(torch.float32 if half else grad.dtype)
+        self.total = product if self.total is None else self.total.add_(product)
