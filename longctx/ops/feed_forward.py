@@ -216,7 +216,8 @@ def _backward(
             again = None if hidden.shape[0] else r.new_empty(count, wide)
         # The rows behind GELU and then their gradients: the second overwrite the first.
         after = dh = buffer[:count]
-        normed = normalize(flat_r[None, slab], norm_weight, norm_bias, eps)[0]
+        # Likewise the norm, the gradient of it, and that of r.
+        normed = normalize(flat_r[None, slab], norm_weight, norm_bias, eps, out=flat_dr[None, slab])[0]
         before = hidden[slab] if again is None else again[:count]
         if again is not None:
             _expand(normed, up_weight, up_bias, out=before)
@@ -230,7 +231,7 @@ def _backward(
         gelu.rows(behind, down_weight, before, out=dh)
         d_up.add(dh, normed)
         dn = torch.mm(dh, up_weight, out=normed)
-        norm.rows(dn, flat_r[slab], out=flat_dr[slab], beside=flat_grad[slab])
+        norm.rows(dn, flat_r[slab], out=dn, beside=flat_grad[slab])
     d_gain, d_offset, d_bias = norm.sums()
     if d_dropped is not None:
         d_bias = d_dropped

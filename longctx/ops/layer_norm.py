@@ -66,11 +66,13 @@ class kept_as_input(torch.autograd.graph.saved_tensors_hooks):
         return u
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The same without autograd."""
+def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """The same without autograd, into `out` if given, which is contiguous."""
     if not kernels_fit(x):
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     kernels.layer_norm(_dense(x), weight, bias, eps, out=out)
     return out
 
@@ -115,7 +117,10 @@ class NormGradients:
         self.partials = x.new_zeros(count, 3, width, dtype=dtype)
 
     def rows(self, grad: Tensor, x: Tensor, *, out: Tensor, beside: Tensor | None = None) -> None:
-        """out = gradient of x given that of LayerNorm(x), plus `beside`: all `[rows, D]` and contiguous."""
+        """out = gradient of x given that of LayerNorm(x), plus `beside`: all `[rows, D]` and contiguous.
+
+        out may be grad itself.
+        """
         if self.fused:
             kernels.layer_norm_backward(grad, x, self.weight, self.eps, self.partials, out=out, beside=beside)
             return
@@ -133,9 +138,10 @@ class NormGradients:
             self.partials[0, 2] += beside.sum(0, dtype=self.partials.dtype)
             torch.add(dx, beside, out=out)
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of weight and bias, and the sum of `beside`: each `[D]`, in fp32 at least."""
-        return tuple(self.partials[:, index].sum(0) for index in range(3))
+    def sums(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of weight and bias, and the sum of `beside`: each `[D]`, in `dtype` or in fp32 at least."""
+        # Copies, since an operator's outputs may not share memory.
+        return tuple(total.to(dtype or total.dtype, copy=True) for total in self.partials.sum(0))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -161,8 +167,8 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = dx.view(-1, x.shape[-1])
     gradients.rows(grad.reshape(flat.shape).contiguous(), x.reshape(flat.shape).contiguous(), out=flat)
-    dw, db, _ = gradients.sums()
-    return dx, dw.to(weight.dtype), db.to(weight.dtype)
+    dw, db, _ = gradients.sums(weight.dtype)
+    return dx, dw, db
 
 
 _backward_operator = torch.library.custom_op("longctx::layer_norm_backward", _backward, mutates_args=())

@@ -87,7 +87,7 @@ def _normalize(
         # One long sequence: a short batch entry leaves no program half empty.
         batch, tokens = 1, batch * tokens
     strides = [t.stride()[:2] if t is not None else (0, 0) for t in (x, added, shifted)]
-    padded = triton.next_power_of_2(width)
+    padded = _padded(width)
     lines = max(1, TILE // padded)
     # Grids are longest along their first axis.
     for first in range(0, batch, 65535):
@@ -107,7 +107,7 @@ def layer_norm_backward(
     Adds to partials `[P, 3, D]`, fp32: the gradients of weight and bias, and the sum of `beside` over its rows.
     """
     rows, width = x.shape
-    padded = triton.next_power_of_2(width)
+    padded = _padded(width)
     lines = max(1, TILE // 2 // padded)
     constants = {"W": width, "PAD": padded, "LINES": lines, "BESIDE": beside is not None}
     values = (grad, x, weight, beside, out, partials, rows, eps)
@@ -167,7 +167,7 @@ def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor, befo
     )
     constants = {"D": rows.shape[1], "TILES": width // columns, "LINES": lines, "COLUMNS": columns, "DEPTH": depth}
     constants["BEFORE"] = before is not None
-    grid = (triton.cdiv(count, lines) * (width // columns),)
+    grid = (-(-count // lines) * (width // columns),)
     launch(_linear_gelu, grid, values, constants, num_warps=warps, num_stages=stages)
 
 
@@ -178,7 +178,7 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, before: Tensor, bias: Ten
     """
     lines, columns, depth, warps, stages = PRODUCT_BACKWARD_TILE
     count, width = out.shape
-    partials = out.new_empty(triton.cdiv(count, lines), width, dtype=torch.float32)
+    partials = out.new_empty(-(-count // lines), width, dtype=torch.float32)
     values = (
         bias,
         TensorDescriptor.from_tensor(grad, [lines, depth]),
@@ -191,6 +191,11 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, before: Tensor, bias: Ten
     grid = (partials.shape[0] * (width // columns),)
     launch(_linear_gelu_backward, grid, values, constants, num_warps=warps, num_stages=stages)
     return partials.sum(0)
+
+
+def _padded(width: int) -> int:
+    """The next power of 2. Triton's own asks more of the host than a launch may."""
+    return 1 << (width - 1).bit_length()
 
 
 def programs(rows: int) -> int:

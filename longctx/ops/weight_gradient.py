@@ -14,12 +14,16 @@ class WeightGradient:
 
     def add(self, grad: Tensor, rows: Tensor) -> None:
         half = grad.dtype in (torch.float16, torch.bfloat16)
-        if self.total is not None and not half:
-            self.total.addmm_(grad.t(), rows)
-            return
         if half and grad.is_cuda:
             # Rounding each slab's product to half precision first would cost more than all slabs together may be off.
-            product = torch.mm(grad.t(), rows, out_dtype=torch.float32)
+            if self.total is None:
+                self.total = torch.mm(grad.t(), rows, out_dtype=torch.float32)
+            else:
+                torch.addmm(self.total, grad.t(), rows, out_dtype=torch.float32, out=self.total)
+        elif half:
+            product = torch.mm(grad.t(), rows).float()
+            self.total = product if self.total is None else self.total.add_(product)
+        elif self.total is None:
+            self.total = torch.mm(grad.t(), rows)
         else:
-            product = torch.mm(grad.t(), rows).to(torch.float32 if half else grad.dtype)
-        self.total = product if self.total is None else self.total.add_(product)
+            self.total.addmm_(grad.t(), rows)
