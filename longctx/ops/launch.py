@@ -27,20 +27,22 @@ def launch(
     num_stages. Under Triton's interpreter the tensors may lie on a CPU.
     """
     first = values[0]
-    with on_device_of(first):
-        if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        with on_device_of(first):
             kernel[grid](*values, **constants, **options)
-            return
-        fixed = tuple(constants.values())
-        # A kernel lives as long as its module, so its id is its name.
-        key = (id(kernel), first.get_device(), fixed, *options.values(), *map(_kind, values))
-        variant = _variants.get(key)
+        return
+    device = first.get_device()
+    fixed = tuple(constants.values())
+    # A kernel lives as long as its module, so its id is its name.
+    key = (id(kernel), device, fixed, *options.values(), *[v if v is None else _kind(v) for v in values])
+    variant = _variants.get(key)
+    with _alone if device < 0 or _gpus() == 1 else torch.cuda.device(device):
         if variant is not None:
-            variant[(*grid, 1, 1)[:3]](*values, *fixed)
+            variant[(*grid, 1, 1)[:3]](*values, *fixed, stream=torch._C._cuda_getCurrentRawStream(device))
             return
         variant = kernel[grid](*values, **constants, **options)
-        if isinstance(variant, CompiledKernel):
-            _variants[key] = variant
+    if isinstance(variant, CompiledKernel):
+        _variants[key] = variant
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -48,18 +50,19 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     # On a CPU under Triton's interpreter, which tests use; where there is one GPU, entering it is for nothing.
     if x.is_cuda and (torch.compiler.is_compiling() or _gpus() > 1):
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _alone
 
 
+_alone = contextlib.nullcontext()
 _gpus = functools.cache(torch.cuda.device_count)
 
 
 def _kind(value: Any) -> Any:
     """All that a compiled variant depends on in an argument: never less than Triton distinguishes."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        return value.dtype, value.data_ptr() & 15 == 0
     if type(value) is int:
-        return value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31
+        return value == 1, value & 15 == 0, -0x8000_0000 <= value < 0x8000_0000
     if type(value) is float:
         return float
     if hasattr(value, "block_shape"):  # a tensor descriptor
