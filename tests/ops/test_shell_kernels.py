@@ -184,13 +184,14 @@ def test_chunks_of_a_batch_are_rows_like_any():
     code = """
 import torch
 from longctx.ops import layer_norm as norms
+torch.manual_seed(0)
 norms.kernels.fits = lambda x: True
 x = torch.randn(3, 2, 5, 48).to(torch.bfloat16)
 weight, bias = torch.randn(2, 48).to(torch.bfloat16)
 for rows in (x, x.transpose(0, 1), x[:, :, 1:]):
     got = norms.layer_norm(rows, weight, bias, 1e-5)
     want = torch.nn.functional.layer_norm(rows, (48,), weight, bias)
-    assert got.shape == rows.shape and torch.allclose(got, want, atol=0.05), (got - want).abs().max()
+    torch.testing.assert_close(got, want, rtol=2 ** -6, atol=2 ** -7)  # two units in the last place
 print("ok")
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
