@@ -14,12 +14,14 @@ Letters: B batch, T sequence length, N channels, C chunk length, M chunks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx.errors import UsageError
+from longctx.ops.operators import differentiable
 
 try:
     from longctx.ops import diagonal_scan_kernel as kernel
@@ -89,10 +91,7 @@ def check_shapes(x: Tensor, decay: Tensor, initial: Tensor | None) -> None:
         raise UsageError(f"the initial state must be {[x.shape[0], x.shape[2]]}, not {list(initial.shape)}")
 
 
-# Registered operators rather than plain autograd.Functions: torch.compile then takes each as one step, and
-# does not try to trace the change of precision flags inside.
-@torch.library.custom_op("longctx::diagonal_scan", mutates_args=())
-def _scan(x: Tensor, decay: Tensor, initial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, decay: Tensor, initial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if kernel is not None and kernel.fits(x, decay):
         return kernel.scan_kernel(x, decay, initial, dtype=dtype)
     with full_precision(x.device.type):
@@ -102,23 +101,38 @@ def _scan(x: Tensor, decay: Tensor, initial: Tensor, dtype: torch.dtype) -> tupl
     return s.to(dtype).contiguous(), s[:, -1].clone(memory_format=torch.contiguous_format)
 
 
-@_scan.register_fake
-def _(x: Tensor, decay: Tensor, initial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad: Tensor, for_final: Tensor, decay: Tensor, initial: Tensor, s: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    r, for_decay, first = kernel.backward_kernel(grad, for_final, decay, initial, s, dtype=dtype)
+    return r, for_decay, first.mul_(decay)
+
+
+def _shapes(x: Tensor, decay: Tensor, initial: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     s = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return s, x.new_empty(x.shape[0], x.shape[2], dtype=decay.dtype)
 
 
-def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype], output: tuple[Tensor, Tensor]) -> None:
+def _backward_shapes(
+    grad: Tensor, for_final: Tensor, decay: Tensor, initial: Tensor, s: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    r = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    return r, torch.empty_like(decay), torch.empty_like(for_final, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, decay, initial, _ = inputs
     ctx.save_for_backward(decay, initial, output[0])
     ctx.dtype = x.dtype
 
 
-def _backward(ctx, grad: Tensor, for_final: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _gradients(
+    run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor, for_final: Tensor
+) -> tuple[Tensor | None, ...]:
     """r_t = grad_t + decay * r_{t+1}, the same scan from the end, is the gradient to x; the others follow."""
     decay, initial, s = ctx.saved_tensors
     if kernel is not None and kernel.fits(grad, decay) and not torch.is_grad_enabled():
-        return *_scan_backward(grad, for_final, decay, initial, s, ctx.dtype), None
+        return *run(grad, for_final, decay, initial, s, ctx.dtype), None
     turned = grad.to(decay.dtype).flip(1)
     turned[:, 0] += for_final
     r = _scan(turned, decay, torch.zeros_like(initial), decay.dtype)[0].flip(1)
@@ -126,23 +140,17 @@ def _backward(ctx, grad: Tensor, for_final: Tensor) -> tuple[Tensor, Tensor, Ten
     return r.to(ctx.dtype), for_decay, decay * r[:, 0], None
 
 
-_scan.register_autograd(_backward, setup_context=_keep)
-
-
-@torch.library.custom_op("longctx::diagonal_scan_backward", mutates_args=())
-def _scan_backward(
-    grad: Tensor, for_final: Tensor, decay: Tensor, initial: Tensor, s: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    r, for_decay, first = kernel.backward_kernel(grad, for_final, decay, initial, s, dtype=dtype)
-    return r, for_decay, first.mul_(decay)
-
-
-@_scan_backward.register_fake
-def _(
-    grad: Tensor, for_final: Tensor, decay: Tensor, initial: Tensor, s: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    r = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    return r, torch.empty_like(decay), torch.empty_like(for_final, memory_format=torch.contiguous_format)
+# An operator under torch.compile, which then does not try to trace the change of precision flags inside.
+_scan = differentiable(
+    "diagonal_scan",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
+    twice=True,
+)
 
 
 def _scan_rows(x: Tensor, decay: Tensor, initial: Tensor) -> Tensor:

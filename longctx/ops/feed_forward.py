@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernels_fit, normalize
+from longctx.ops.operators import differentiable
 from longctx.ops.weight_gradient import WeightGradient
 
 # Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU half of the
@@ -54,10 +54,8 @@ def residual_feed_forward(
         return r + F.dropout(F.linear(hidden, *down), dropout_p)
     kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p) if dropout_p else None
     slab = _slab_tokens(x, whole)
-    arguments = (x, mixed, kept, 1.0 / (1.0 - dropout_p), keep_hidden, slab, *norm, *up, *down)
-    if torch.compiler.is_compiling():
-        return _operator(*arguments)[0]
-    return _Function.apply(*arguments)[0]
+    scale = 1.0 / (1.0 - dropout_p)
+    return _residual_feed_forward(x, mixed, kept, scale, keep_hidden, slab, *norm, *up, *down)[0]
 
 
 def infer(
@@ -174,11 +172,7 @@ def _forward(
     return y, r, hidden
 
 
-_operator = torch.library.custom_op("longctx::residual_feed_forward", _forward, mutates_args=())
-
-
-@_operator.register_fake
-def _(x, mixed, kept, scale, keep_hidden, step, norm_weight, norm_bias, eps, up_weight, *rest):
+def _shapes(x, mixed, kept, scale, keep_hidden, step, norm_weight, norm_bias, eps, up_weight, *rest):
     y, r = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     return y, r, x.new_empty(x.numel() // x.shape[-1] if keep_hidden else 0, up_weight.shape[0])
 
@@ -240,11 +234,9 @@ def _backward(
     return dr, *(one.to(parameter.dtype) for one, parameter in zip(found, parameters, strict=True))
 
 
-_backward_operator = torch.library.custom_op("longctx::residual_feed_forward_backward", _backward, mutates_args=())
-
-
-@_backward_operator.register_fake
-def _(grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias):
+def _backward_shapes(
+    grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias
+):
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
     return torch.empty_like(r), *(torch.empty_like(p) for p in parameters)
 
@@ -280,7 +272,7 @@ class _GeluGradients:
         return functools.reduce(Tensor.add_, parts)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, kept, ctx.scale, _, ctx.step, norm_weight, norm_bias, ctx.eps, *rest = inputs
     _, r, hidden = output
     ctx.mark_non_differentiable(r, hidden)
@@ -288,7 +280,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(kept, r, hidden, norm_weight, norm_bias, *rest)
 
 
-def _gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor | None, *unused: Any
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 13
     kept, r, hidden, norm_weight, norm_bias, *rest = ctx.saved_tensors
@@ -298,19 +292,12 @@ def _gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor | 
     return dr, dr, None, None, None, None, d_gain, d_offset, None, *others
 
 
-_operator.register_autograd(lambda ctx, grad, *unused: _gradients(_backward_operator, ctx, grad), setup_context=_save)
-
-
-class _Function(torch.autograd.Function):
-    """The operator outside of torch.compile, where calling it through torch.library costs more than short rows do."""
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(_backward, ctx, grad)
+_residual_feed_forward = differentiable(
+    "residual_feed_forward",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
+)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from longctx.ops.operators import differentiable
 
 try:
     from longctx.ops import gated_mix_kernel as kernel
@@ -18,37 +23,42 @@ def gated_mix(attended: Tensor, recurrent: Tensor, gate: Tensor) -> Tensor:
     return torch.lerp(recurrent, attended, torch.sigmoid(gate))
 
 
-@torch.library.custom_op("longctx::gated_mix", mutates_args=())
-def _mix(attended: Tensor, recurrent: Tensor, gate: Tensor) -> Tensor:
+def _forward(attended: Tensor, recurrent: Tensor, gate: Tensor) -> Tensor:
     return kernel.mix(attended, recurrent, gate)
 
 
-@_mix.register_fake
-def _(attended: Tensor, recurrent: Tensor, gate: Tensor) -> Tensor:
-    return torch.empty_like(attended, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("longctx::gated_mix_backward", mutates_args=())
-def _mix_backward(grad: Tensor, attended: Tensor, recurrent: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, attended: Tensor, recurrent: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return kernel.mix_backward(grad if grad.stride(-1) == 1 else grad.contiguous(), attended, recurrent, gate)
 
 
-@_mix_backward.register_fake
-def _(grad: Tensor, attended: Tensor, recurrent: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(attended: Tensor, recurrent: Tensor, gate: Tensor) -> Tensor:
+    return torch.empty_like(attended, memory_format=torch.contiguous_format)
+
+
+def _backward_shapes(grad: Tensor, attended: Tensor, recurrent: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(attended, memory_format=torch.contiguous_format) for _ in range(3))
 
 
-def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     attended, recurrent, gate = ctx.saved_tensors
     if not torch.is_grad_enabled():
-        return _mix_backward(grad, attended, recurrent, gate)
+        return run(grad, attended, recurrent, gate)
     # Gradients of gradients are asked for: torch's own operations know theirs.
     share = torch.sigmoid(gate)
     return grad * share, grad * (1 - share), grad * (attended - recurrent) * share * (1 - share)
 
 
-_mix.register_autograd(_backward, setup_context=_keep)
+_mix = differentiable(
+    "gated_mix",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
+    twice=True,
+)

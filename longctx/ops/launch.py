@@ -53,8 +53,15 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return _alone
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU."""
+    # torch.compile knows torch's function, and cannot look through the cache.
+    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
+
+
 _alone = contextlib.nullcontext()
 _gpus = functools.cache(torch.cuda.device_count)
+_known_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def _kind(value: Any) -> Any:

@@ -7,12 +7,14 @@ Letters: B batch, T tokens, D d_model, P partial sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from longctx.ops.operators import differentiable
 
 try:
     from longctx.ops import shell_kernels as kernels
@@ -31,8 +33,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     if not torch.is_grad_enabled():
         return normalize(x, weight, bias, eps)
-    run = _operator if torch.compiler.is_compiling() else _Function.apply
-    return run(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps)
 
 
 class kept_as_input(torch.autograd.graph.saved_tensors_hooks):
@@ -154,14 +155,6 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return normalize(x, weight, bias, eps)
 
 
-_operator = torch.library.custom_op("longctx::layer_norm", _forward, mutates_args=())
-
-
-@_operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     gradients = NormGradients(x, weight, eps)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -171,35 +164,30 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     return dx, dw, db
 
 
-_backward_operator = torch.library.custom_op("longctx::layer_norm_backward", _backward, mutates_args=())
+def _shapes(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_backward_operator.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_shapes(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-_operator.register_autograd(
-    lambda ctx, grad: (*_backward_operator(grad, *ctx.saved_tensors, ctx.eps), None), setup_context=_save
+def _gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *run(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+_layer_norm = differentiable(
+    "layer_norm",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
 )
-
-
-class _Function(torch.autograd.Function):
-    """The operator outside of torch.compile, where calling it through torch.library costs more than short rows do."""
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _forward(*arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(grad, *ctx.saved_tensors, ctx.eps), None

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.attention_tile import LOG2_E, add_to_keys, add_to_queries, kept, load_rows, store_rows
-from longctx.ops.list_attention_kernel import launch, nth_of_list
-from longctx.ops.window_attention_kernel import on_device
+from longctx.ops.launch import launch
+from longctx.ops.list_attention_kernel import nth_of_list, warps
 
 LOG2 = tl.constexpr(LOG2_E)
 # Query blocks of one part of the sum for global blocks, and how many parts there may be.
@@ -56,34 +56,36 @@ def run_backward(
     grad_q, grad_k, grad_v = grads
     delta = torch.empty_like(sums)
     drawn = out if seed is None else seed
-    first, n_blocks = start // size, triton.cdiv(length, size)
+    first, n_blocks = start // size, -(-length // size)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     common = (first, start, length, tokens, heads // groups, width**-0.5 * LOG2_E, dropout_p, width**-0.5)
     flags = {"SIZE": size, "K": width, "DROPOUT": dropout_p > 0}
     pattern = {"GLOBALS": num_globals, "WINDOW": window}
-    stages = 3 if size * width <= 64 * 64 else 2
-    with on_device(q):
-        _grad_queries[(n_blocks - first, heads, batch)](
-            q, k, v, plan, grad, out, sums, delta, grad_q, drawn,
-            *strides, plan.stride(0), plan.stride(1), *grad_q.stride()[:2], *common,
-            **pattern, PICKS=plan.shape[2], **flags, **launch(size, width, stages),
-        )  # fmt: skip
-        shared = delta  # stands for the sums of global blocks where there are none
-        late = n_blocks - max(window, first)
-        if num_globals and late > 0:
-            parts = min(triton.cdiv(late, PART_BLOCKS), MOST_PARTS)
-            partial = q.new_empty(2, parts, batch, num_globals * size, groups, width, dtype=torch.float32)
-            _grad_globals[(parts, groups * num_globals, batch)](
-                q, k, v, grad, sums, delta, partial, drawn, *strides, *common, n_blocks, groups,
-                **pattern, **flags, **launch(size, width, stages),
-            )  # fmt: skip
-            shared = partial.sum(1)
-        _grad_keys[(triton.cdiv(capacity, size), groups, batch)](
-            q, k, v, readers, ends, grad, sums, delta, shared, grad_k, grad_v, drawn,
-            *strides, readers.stride(0), ends.stride(0), *grad_k.stride()[:2], *grad_v.stride()[:2], *common,
-            n_blocks, capacity,
-            **pattern, SHARED=shared is not delta, **flags, **launch(size, width, stages),
-        )  # fmt: skip
+    how = {**warps(size, width), "num_stages": 3 if size * width <= 64 * 64 else 2}
+
+    values = (
+        q, k, v, plan, grad, out, sums, delta, grad_q, drawn,
+        *strides, *plan.stride()[:2], *grad_q.stride()[:2], *common,
+    )  # fmt: skip
+    constants = {**pattern, "PICKS": plan.shape[2], **flags}
+    launch(_grad_queries, (n_blocks - first, heads, batch), values, constants, **how)
+
+    shared = delta  # stands for the sums of global blocks where there are none
+    late = n_blocks - max(window, first)
+    if num_globals and late > 0:
+        parts = min(-(-late // PART_BLOCKS), MOST_PARTS)
+        partial = q.new_empty(2, parts, batch, num_globals * size, groups, width, dtype=torch.float32)
+        values = (q, k, v, grad, sums, delta, partial, drawn, *strides, *common, n_blocks, groups)
+        launch(_grad_globals, (parts, groups * num_globals, batch), values, {**pattern, **flags}, **how)
+        shared = partial.sum(1)
+
+    values = (
+        q, k, v, readers, ends, grad, sums, delta, shared, grad_k, grad_v, drawn,
+        *strides, readers.stride(0), ends.stride(0), *grad_k.stride()[:2], *grad_v.stride()[:2],
+        *common, n_blocks, capacity,
+    )  # fmt: skip
+    constants = {**pattern, "SHARED": shared is not delta, **flags}
+    launch(_grad_keys, (-(-capacity // size), groups, batch), values, constants, **how)
     return grads
 
 

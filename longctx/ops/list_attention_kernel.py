@@ -10,6 +10,7 @@ Letters: B batch, t queries, S keys, H query heads, G key-value heads, K head wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from longctx.ops.attention_tile import LN_2, LOG2_E, add, kept, load_rows, store_rows
 from longctx.ops.block_plan import transposed_plan
-from longctx.ops.window_attention_kernel import MOST_STRIDE, on_device
+from longctx.ops.launch import capability, launch
+from longctx.ops.operators import differentiable
+from longctx.ops.window_attention_kernel import MOST_STRIDE
 
 if TYPE_CHECKING:
     from longctx.ops.block_sparse_attention import BlockSparse
@@ -36,7 +39,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse) -> bool:
         and q.shape[3] in (16, 32, 64, 128)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and max(q.stride(1), k.stride(2), v.stride(2)) < MOST_STRIDE
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and capability(q.device) >= (8, 0)
     )
 
 
@@ -51,8 +54,8 @@ def list_attention(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, dropout
     numbers = (pattern.num_global_blocks, pattern.num_window_blocks, pattern.block_size, sparse.start, sparse.length)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
         readers, ends = sparse.readers or transposed_plan(plan, sparse.n_blocks)
-        return torch.ops.longctx.list_attention.default(q, k, v, plan, readers, ends, *numbers, dropout, seed)[0]
-    # Without autograd the operator's bookkeeping would only cost time, and the sums are not needed.
+        return _list_attention(q, k, v, plan, readers, ends, *numbers, dropout, seed)[0]
+    # Without autograd the bookkeeping would only cost time, and the sums are not needed.
     return run_forward(q, k, v, plan, *numbers, dropout, seed, keep_sums=False)[0]
 
 
@@ -76,20 +79,20 @@ def run_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     sums = q.new_empty((batch, heads, tokens) if keep_sums else (0,), dtype=torch.float32)
     first = start // size
-    with on_device(q):
-        _list[(triton.cdiv(length, size) - first, heads, batch)](
-            q, k, v, plan, out, sums, out if seed is None else seed,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], plan.stride(0), plan.stride(1),
-            first, start, length, tokens, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
-            GLOBALS=num_globals, WINDOW=window, PICKS=plan.shape[2],
-            SIZE=size, K=width, SUMS=keep_sums, DROPOUT=dropout_p > 0, **launch(size, width, 3),
-        )  # fmt: skip
+    values = (
+        q, k, v, plan, out, sums, out if seed is None else seed,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *plan.stride()[:2],
+        first, start, length, tokens, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
+    )  # fmt: skip
+    constants = {"GLOBALS": num_globals, "WINDOW": window, "PICKS": plan.shape[2], "SIZE": size, "K": width}
+    constants |= {"SUMS": keep_sums, "DROPOUT": dropout_p > 0}
+    launch(_list, (-(-length // size) - first, heads, batch), values, constants, **warps(size, width), num_stages=3)
     return out, sums
 
 
-def launch(size: int, width: int, stages: int) -> dict[str, int]:
-    """Warps and pipeline stages for blocks of `size` tokens."""
-    return {"num_warps": 4 if size * width <= 64 * 64 else 8, "num_stages": stages}
+def warps(size: int, width: int) -> dict[str, int]:
+    """For blocks of `size` tokens."""
+    return {"num_warps": 4 if size * width <= 64 * 64 else 8}
 
 
 @triton.jit
@@ -154,38 +157,57 @@ def nth_of_list(plan, block, entry, GLOBALS: tl.constexpr, PICKS: tl.constexpr, 
     return tl.where(entry < GLOBALS, shared, tl.where(drawn, chosen, oldest + pick - PICKS))
 
 
-# -- one operator of torch -------------------------------------------------------------------------------------
-
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor plan, Tensor readers, Tensor ends, "
-    "SymInt num_globals, SymInt window, SymInt size, SymInt start, SymInt length, float dropout_p, Tensor? seed"
-)
+# -- one operation of torch ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("longctx::list_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _operator(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    readers: Tensor,
+    ends: Tensor,
+    num_globals: int,
+    window: int,
+    size: int,
+    start: int,
+    length: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return run_forward(q, k, v, plan, num_globals, window, size, start, length, dropout_p, seed)
 
 
-@_operator.register_fake
-def _(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):
+def _backward(
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Tensor,
+    readers: Tensor,
+    ends: Tensor,
+    num_globals: int,
+    window: int,
+    size: int,
+    start: int,
+    length: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from longctx.ops.list_attention_gradients import run_backward
+
+    numbers = (num_globals, window, size, start, length, dropout_p)
+    return run_backward(grad, out, sums, q, k, v, plan, readers, ends, *numbers, seed)
+
+
+def _shapes(q, k, v, plan, readers, ends, num_globals, window, size, start, length, dropout_p, seed):
     sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), sums
 
 
-@torch.library.custom_op(
-    "longctx::list_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor sums, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-)
-def _backward_operator(grad, out, sums, *inputs):
-    from longctx.ops.list_attention_gradients import run_backward
-
-    return run_backward(grad, out, sums, *inputs)
-
-
-@_backward_operator.register_fake
-def _(grad, out, sums, q, k, v, *others):
+def _backward_shapes(grad, out, sums, q, k, v, *others):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
@@ -196,13 +218,22 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 13
     *tensors, seed = ctx.saved_tensors
     numbers = (ctx.globals, ctx.window, ctx.size, ctx.start, ctx.length, ctx.dropout_p)
-    grads = torch.ops.longctx.list_attention_backward.default(grad, *tensors, *numbers, seed)
-    return (*grads, *(None,) * 10)
+    return (*run(grad, *tensors, *numbers, seed), *(None,) * 10)
 
 
-_operator.register_autograd(_differentiate, setup_context=_keep)
+_list_attention = differentiable(
+    "list_attention",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
+)

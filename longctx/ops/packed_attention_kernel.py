@@ -9,6 +9,7 @@ Letters: B batch, T tokens, H query heads, G key-value heads, K head width, g gl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from longctx.ops import list_attention_kernel as lists
 from longctx.ops import window_attention_kernel as window
 from longctx.ops.block_plan import transposed_plan
 from longctx.ops.list_attention_gradients import run_backward as lists_backward
+from longctx.ops.operators import differentiable
 from longctx.ops.window_attention_gradients import run_backward as window_backward
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def packed_window(
     globals, and their window stops short of them. Differentiable.
     """
     seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
-    return torch.ops.longctx.packed_window_attention.default(qkv, rows, heads, left, right, dropout_p, seed)[0]
+    return _packed_window(qkv, rows, heads, left, right, dropout_p, seed)[0]
 
 
 def packed_lists(qkv: Tensor, heads: int, sparse: BlockSparse, dropout: float = 0.0) -> Tensor:
@@ -48,19 +50,18 @@ def packed_lists(qkv: Tensor, heads: int, sparse: BlockSparse, dropout: float = 
     seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout else None
     numbers = (heads, pattern.num_global_blocks, pattern.num_window_blocks, pattern.block_size)
     plans = (sparse.plan, *(sparse.readers or transposed_plan(sparse.plan, sparse.n_blocks)))
-    return torch.ops.longctx.packed_list_attention.default(qkv, *plans, *numbers, dropout, seed)[0]
+    return _packed_lists(qkv, *plans, *numbers, dropout, seed)[0]
 
 
 # -- windows ---------------------------------------------------------------------------------------------------
-
-_WINDOW_INPUTS = "Tensor qkv, Tensor? rows, SymInt heads, SymInt left, SymInt right, float dropout_p, Tensor? seed"
 
 
 def _behind(qkv: Tensor, heads: int, head: int) -> list[Tensor | None]:
     """(q, k, v, global_k, global_v): the first `head` tokens are globals, None if there are none."""
     q, k, v = split(qkv, heads)
-    near = [t[:, head:] for t in (q, k, v)]
-    return [*near, k[:, :head], v[:, :head]] if head else [*near, None, None]
+    if not head:
+        return [q, k, v, None, None]
+    return [*(t[:, head:] for t in (q, k, v)), k[:, :head], v[:, :head]]
 
 
 def _empty(qkv: Tensor, heads: int, head: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,40 +70,45 @@ def _empty(qkv: Tensor, heads: int, head: int = 0) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty(batch, heads, tokens - head, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "longctx::packed_window_attention", mutates_args=(), schema=f"({_WINDOW_INPUTS}) -> (Tensor, Tensor)"
-)
-def _window(qkv, rows, heads, left, right, dropout_p, seed):
+def _window_forward(
+    qkv: Tensor, rows: Tensor | None, heads: int, left: int, right: int, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     head = 0 if rows is None else rows.shape[1]
-    out, _ = _empty(qkv, heads)
+    out = qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
     if rows is not None:
         out[:, :head] = rows
     inputs = _behind(qkv, heads, head)
-    return out, window.run_forward(*inputs, left, right, dropout_p, seed, out=out[:, head:])[1]
+    return out, window.run_forward(*inputs, left, right, dropout_p, seed, out=out[:, head:] if head else out)[1]
 
 
-@_window.register_fake
-def _(qkv, rows, heads, left, right, dropout_p, seed):
-    return _empty(qkv, heads, 0 if rows is None else rows.shape[1])
-
-
-@torch.library.custom_op(
-    "longctx::packed_window_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor sums, {_WINDOW_INPUTS}) -> Tensor",
-)
-def _window_gradient(grad, out, sums, qkv, rows, heads, left, right, dropout_p, seed):
+def _window_backward(
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    qkv: Tensor,
+    rows: Tensor | None,
+    heads: int,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
     head = 0 if rows is None else rows.shape[1]
     target = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    target[:, :head, :heads] = 0.0
+    if head:
+        target[:, :head, :heads] = 0.0
+        grad, out = grad[:, head:], out[:, head:]
     grads = [t for t in _behind(target, heads, head) if t is not None]
     inputs = _behind(qkv, heads, head)
-    window_backward(grad[:, head:], out[:, head:], sums, *inputs, left, right, dropout_p, seed, grads=grads)
+    window_backward(grad, out, sums, *inputs, left, right, dropout_p, seed, grads=grads)
     return target
 
 
-@_window_gradient.register_fake
-def _(grad, out, sums, qkv, *others):
+def _window_shapes(qkv, rows, heads, left, right, dropout_p, seed):
+    return _empty(qkv, heads, 0 if rows is None else rows.shape[1])
+
+
+def _like_projection(grad, out, sums, qkv, *others):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
@@ -113,45 +119,62 @@ def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_window(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _window_gradients(
+    run: Callable[..., Tensor], ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     *tensors, seed = ctx.saved_tensors
-    of_qkv = torch.ops.longctx.packed_window_attention_backward.default(grad, *tensors, *ctx.numbers, seed)
+    of_qkv = run(grad, *tensors, *ctx.numbers, seed)
     rows = tensors[-1]
     of_rows = None if rows is None else grad[:, : rows.shape[1]].contiguous()
     return of_qkv, of_rows, *(None,) * 5
 
 
-_window.register_autograd(_differentiate_window, setup_context=_keep_window)
+_packed_window = differentiable(
+    "packed_window_attention",
+    _window_forward,
+    _window_backward,
+    shapes=_window_shapes,
+    backward_shapes=_like_projection,
+    keep=_keep_window,
+    gradients=_window_gradients,
+)
 
 # -- lists -----------------------------------------------------------------------------------------------------
 
-_LIST_INPUTS = (
-    "Tensor qkv, Tensor plan, Tensor readers, Tensor ends, "
-    "SymInt heads, SymInt num_globals, SymInt window, SymInt size, float dropout_p, Tensor? seed"
-)
 
-
-@torch.library.custom_op(
-    "longctx::packed_list_attention", mutates_args=(), schema=f"({_LIST_INPUTS}) -> (Tensor, Tensor)"
-)
-def _list(qkv, plan, readers, ends, heads, num_globals, window, size, dropout_p, seed):
+def _list_forward(
+    qkv: Tensor,
+    plan: Tensor,
+    readers: Tensor,
+    ends: Tensor,
+    heads: int,
+    num_globals: int,
+    window: int,
+    size: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     numbers = (num_globals, window, size, 0, qkv.shape[1])
     return lists.run_forward(*split(qkv, heads), plan, *numbers, dropout_p, seed)
 
 
-@_list.register_fake
-def _(qkv, plan, readers, ends, heads, *others):
-    return _empty(qkv, heads)
-
-
-@torch.library.custom_op(
-    "longctx::packed_list_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor sums, {_LIST_INPUTS}) -> Tensor",
-)
-def _list_gradient(grad, out, sums, qkv, plan, readers, ends, heads, num_globals, window, size, dropout_p, seed):
+def _list_backward(
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    qkv: Tensor,
+    plan: Tensor,
+    readers: Tensor,
+    ends: Tensor,
+    heads: int,
+    num_globals: int,
+    window: int,
+    size: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
     target = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     tensors = (*split(qkv, heads), plan, readers, ends)
     numbers = (num_globals, window, size, 0, qkv.shape[1])
@@ -159,9 +182,8 @@ def _list_gradient(grad, out, sums, qkv, plan, readers, ends, heads, num_globals
     return target
 
 
-@_list_gradient.register_fake
-def _(grad, out, sums, qkv, *others):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+def _list_shapes(qkv, plan, readers, ends, heads, *others):
+    return _empty(qkv, heads)
 
 
 def _keep_lists(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -171,12 +193,21 @@ def _keep_lists(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_lists(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _list_gradients(
+    run: Callable[..., Tensor], ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
     *tensors, seed = ctx.saved_tensors
-    of_qkv = torch.ops.longctx.packed_list_attention_backward.default(grad, *tensors, *ctx.numbers, seed)
-    return of_qkv, *(None,) * 9
+    return run(grad, *tensors, *ctx.numbers, seed), *(None,) * 9
 
 
-_list.register_autograd(_differentiate_lists, setup_context=_keep_lists)
+_packed_lists = differentiable(
+    "packed_list_attention",
+    _list_forward,
+    _list_backward,
+    shapes=_list_shapes,
+    backward_shapes=_like_projection,
+    keep=_keep_lists,
+    gradients=_list_gradients,
+)

@@ -9,14 +9,12 @@ Letters: B batch, T tokens, D d_model, W the width of a row, P programs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.launch import launch
+from longctx.ops.launch import capability, launch
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -42,7 +40,7 @@ def fits(x: Tensor) -> bool:
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[-1] <= WIDEST
-        and _capability(x.device) >= (8, 0)
+        and capability(x.device) >= (8, 0)
     )
 
 
@@ -147,7 +145,7 @@ def product_fits(rows: Tensor, weight: Tensor, width: int) -> bool:
         and rows.dtype == weight.dtype
         and weight.is_contiguous()
         and not torch.compiler.is_compiling()
-        and _capability(rows.device) == (9, 0)
+        and capability(rows.device) == (9, 0)
     )
 
 
@@ -201,14 +199,6 @@ def _padded(width: int) -> int:
 def programs(rows: int) -> int:
     """P: how many partial rows the backward kernels write for so many rows. A function of them alone."""
     return max(1, min(PROGRAMS, rows // 16))
-
-
-_known_capability = functools.cache(torch.cuda.get_device_capability)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    # torch.compile knows torch's function, and cannot look through the cache.
-    return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
 
 
 @triton.jit

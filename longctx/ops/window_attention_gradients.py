@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.attention_tile import LOG2_E, add_to_keys, add_to_queries, kept, load_rows, store_rows
-from longctx.ops.window_attention_kernel import bounds, far_tile, on_device, tiles
+from longctx.ops.launch import launch
+from longctx.ops.window_attention_kernel import bounds, far_tile, tiles
 
 LOG2 = tl.constexpr(LOG2_E)
 # Queries of one part of the sum for global keys, and how many parts there may be.
@@ -54,32 +55,41 @@ def run_backward(
     far = 0 if global_k is None else global_k.shape[1]
     drawn = out if seed is None else seed
     common = (tokens, count, far, left, right, heads // groups, width**-0.5 * LOG2_E, dropout_p, width**-0.5)
-    flags = {"FAR": far_tile(far), "K": width, "DROPOUT": dropout_p > 0}
+    drop = {"DROPOUT": dropout_p > 0}
     near = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    with on_device(q):
-        rows, columns, warps, stages = tiles(width).queries
-        _grad_queries[(triton.cdiv(tokens, rows), heads, batch)](
-            q, k, v, far_k, far_v, grad, out, sums, delta, grads[0], drawn,
-            *near, *far_k.stride()[:3], *far_v.stride()[:3], *grad.stride()[:3],
-            *out.stride()[:2], *grads[0].stride()[:2], *common,
-            ROWS=rows, COLUMNS=columns, **flags, num_warps=warps, num_stages=stages,
+    of_grad = grad.stride()[:3]
+
+    rows, columns, warps, stages = tiles(width).queries
+    values = (
+        q, k, v, far_k, far_v, grad, out, sums, delta, grads[0], drawn,
+        *near, *far_k.stride()[:3], *far_v.stride()[:3], *of_grad, *out.stride()[:2], *grads[0].stride()[:2], *common,
+    )  # fmt: skip
+    constants = {"ROWS": rows, "COLUMNS": columns, "FAR": far_tile(far), "K": width, **drop}
+    grid = (-(-tokens // rows), heads, batch)
+    launch(_grad_queries, grid, values, constants, num_warps=warps, num_stages=stages)
+
+    rows, columns, warps, stages = tiles(width).keys
+    values = (
+        q, k, v, grad, sums, delta, grads[1], grads[2], drawn,
+        *near, *of_grad, *grads[1].stride()[:2], *grads[2].stride()[:2], *common,
+    )  # fmt: skip
+    constants = {"ROWS": rows, "COLUMNS": columns, "K": width, **drop}
+    grid = (-(-count // columns), groups, batch)
+    launch(_grad_keys, grid, values, constants, num_warps=warps, num_stages=stages)
+
+    if far:
+        tile = far_tile(far)
+        parts = min(-(-tokens // PART_QUERIES), MOST_PARTS)
+        partial = q.new_empty(2, parts, batch, far, groups, width, dtype=torch.float32)
+        values = (
+            q, far_k, far_v, grad, sums, delta, partial, drawn,
+            *q.stride()[:3], *far_k.stride()[:3], *far_v.stride()[:3], *of_grad, *common, groups,
         )  # fmt: skip
-        rows, columns, warps, stages = tiles(width).keys
-        _grad_keys[(triton.cdiv(count, columns), groups, batch)](
-            q, k, v, grad, sums, delta, grads[1], grads[2], drawn,
-            *near, *grad.stride()[:3], *grads[1].stride()[:2], *grads[2].stride()[:2], *common,
-            ROWS=rows, COLUMNS=columns, K=width, DROPOUT=dropout_p > 0, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        if far:
-            parts = min(triton.cdiv(tokens, PART_QUERIES), MOST_PARTS)
-            partial = q.new_empty(2, parts, batch, far, groups, width, dtype=torch.float32)
-            _grad_globals[(parts, groups * triton.cdiv(far, flags["FAR"]), batch)](
-                q, far_k, far_v, grad, sums, delta, partial, drawn,
-                *q.stride()[:3], *far_k.stride()[:3], *far_v.stride()[:3], *grad.stride()[:3], *common, groups,
-                 ROWS=64, **flags, num_warps=4, num_stages=3 if width <= 64 else 2,
-            )  # fmt: skip
-            for target, part in zip(grads[3:], partial, strict=True):
-                target.copy_(part.sum(0))
+        constants = {"ROWS": 64, "FAR": tile, "K": width, **drop}
+        grid = (parts, groups * -(-far // tile), batch)
+        launch(_grad_globals, grid, values, constants, num_warps=4, num_stages=3 if width <= 64 else 2)
+        for target, part in zip(grads[3:], partial.sum(1), strict=True):
+            target.copy_(part)
     return grads
 
 

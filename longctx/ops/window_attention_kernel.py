@@ -10,7 +10,7 @@ Letters: B batch, T queries, S keys, H query heads, G key-value heads, K head wi
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.attention_tile import LN_2, LOG2_E, add, kept, load_rows, store_rows
+from longctx.ops.launch import capability, launch
+from longctx.ops.operators import differentiable
 
 # Keys that are counted from the end of a tile's rows may not move its pointers by more than 32 bits hold.
 MOST_STRIDE = (1 << 31) // 256
@@ -52,7 +54,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[3] in (16, 32, 64, 128)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and max(q.stride(1), k.stride(1), v.stride(1)) < MOST_STRIDE
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and capability(q.device) >= (8, 0)
     )
 
 
@@ -74,9 +76,8 @@ def window_kernel(
     seed = torch.randint(1 << 62, (1,), device=q.device) if dropout_p else None
     tensors = (q, k, v) if global_k is None else (q, k, v, global_k, global_v)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        operator = torch.ops.longctx.window_attention.default
-        return operator(q, k, v, global_k, global_v, left, right, dropout_p, seed)[0]
-    # Without autograd the operator's bookkeeping would only cost time, and the sums are not needed.
+        return _window_attention(q, k, v, global_k, global_v, left, right, dropout_p, seed)[0]
+    # Without autograd the bookkeeping would only cost time, and the sums are not needed.
     return run_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed, keep_sums=False)[0]
 
 
@@ -104,26 +105,20 @@ def run_forward(
     far_k, far_v = (k, v) if global_k is None else (global_k, global_v)
     far = 0 if global_k is None else global_k.shape[1]
     rows, columns, warps, stages = tiles(width).forward
-    with on_device(q):
-        _window[(triton.cdiv(tokens, rows), heads, batch)](
-            q, k, v, far_k, far_v, out, sums, out if seed is None else seed,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *far_k.stride()[:3], *far_v.stride()[:3],
-            *out.stride()[:2],
-            tokens, k.shape[1], far, left, right, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
-            ROWS=rows, COLUMNS=columns, FAR=far_tile(far), K=width, SUMS=keep_sums, DROPOUT=dropout_p > 0,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    values = (
+        q, k, v, far_k, far_v, out, sums, out if seed is None else seed,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *far_k.stride()[:3], *far_v.stride()[:3], *out.stride()[:2],
+        tokens, k.shape[1], far, left, right, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
+    )  # fmt: skip
+    constants = {"ROWS": rows, "COLUMNS": columns, "FAR": far_tile(far), "K": width}
+    constants |= {"SUMS": keep_sums, "DROPOUT": dropout_p > 0}
+    launch(_window, (-(-tokens // rows), heads, batch), values, constants, num_warps=warps, num_stages=stages)
     return out, sums
 
 
 def far_tile(far: int) -> int:
     """Columns of a tile of global keys: few for few, as all of them are computed."""
     return 0 if not far else 16 if far <= 16 else 64
-
-
-def on_device(q: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the tensor's device; tests run the kernels on a CPU, under Triton's interpreter."""
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
@@ -216,38 +211,48 @@ def _add(
     return add(q, k, v, seen, let, scale, top, total, acc, MASKED, DROPOUT)
 
 
-# -- one operator of torch -------------------------------------------------------------------------------------
-
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? global_k, Tensor? global_v, "
-    "SymInt left, SymInt right, float dropout_p, Tensor? seed"
-)
+# -- one operation of torch ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("longctx::window_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
-def _operator(q, k, v, global_k, global_v, left, right, dropout_p, seed):
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     return run_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed)
 
 
-@_operator.register_fake
-def _(q, k, v, global_k, global_v, left, right, dropout_p, seed):
-    sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), sums
-
-
-@torch.library.custom_op(
-    "longctx::window_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor sums, {_INPUTS}) -> Tensor[]",
-)
-def _backward_operator(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):
+def _backward(
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> list[Tensor]:
     from longctx.ops.window_attention_gradients import run_backward
 
     return run_backward(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed)
 
 
-@_backward_operator.register_fake
-def _(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):
+def _shapes(q, k, v, global_k, global_v, left, right, dropout_p, seed):
+    sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), sums
+
+
+def _backward_shapes(grad, out, sums, q, k, v, global_k, global_v, left, right, dropout_p, seed):
     tensors = (q, k, v) if global_k is None else (q, k, v, global_k, global_v)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
@@ -259,14 +264,22 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    run: Callable[..., list[Tensor]], ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
     *tensors, seed = ctx.saved_tensors
-    grads = torch.ops.longctx.window_attention_backward.default(
-        grad, *tensors, ctx.left, ctx.right, ctx.dropout_p, seed
-    )
+    grads = run(grad, *tensors, ctx.left, ctx.right, ctx.dropout_p, seed)
     return (*grads, *(None,) * (9 - len(grads)))
 
 
-_operator.register_autograd(_differentiate, setup_context=_keep)
+_window_attention = differentiable(
+    "window_attention",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
+)

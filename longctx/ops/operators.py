@@ -1,0 +1,61 @@
+"""An operation with its gradient: an operator of torch under torch.compile, an autograd.Function outside of it.
+
+An operator (`torch.library`) is one step to a compiler, which does not look inside, and knows shapes without running.
+Called eagerly it passes through the dispatcher, schema checks and wrappers in Python, some 50 to 100 us a call, which
+is more than a short sequence takes on a GPU. Both run the same two bodies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    shapes: Callable[..., Any],
+    backward_shapes: Callable[..., Any],
+    keep: Callable[[Any, tuple[Any, ...], Any], None],
+    gradients: Callable[..., tuple[Any, ...]],
+    twice: bool = False,
+) -> Callable[..., Any]:
+    """The function to call; `torch.ops.longctx.NAME` and `NAME_backward` are the operators.
+
+    forward and backward: the bodies, with annotations that torch can make a schema of; their results are new tensors
+    that share no memory. shapes and backward_shapes: tensors like their results, from tensors that have no memory.
+    keep(ctx, inputs, output): what waits for backward. gradients(run, ctx, *grads): one gradient or None for each
+    input, by `run`, which is backward or its operator. twice: whether `gradients` can itself be differentiated.
+    """
+    operator = torch.library.custom_op(f"longctx::{name}", forward, mutates_args=())
+    operator.register_fake(shapes)
+    of_backward = torch.library.custom_op(f"longctx::{name}_backward", backward, mutates_args=())
+    of_backward.register_fake(backward_shapes)
+    operator.register_autograd(
+        lambda ctx, *grads: gradients(of_backward, ctx, *grads),
+        setup_context=lambda ctx, inputs, output: keep(ctx, inputs, output),
+    )
+
+    def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return gradients(backward, ctx, *grads)
+
+    class Function(torch.autograd.Function):
+        # With a `setup_context` of its own torch would inspect a signature at every call.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            keep(ctx, inputs, output)
+            return output
+
+    Function.backward = staticmethod(differentiate if twice else once_differentiable(differentiate))
+    Function.__name__ = Function.__qualname__ = name
+
+    def call(*inputs: Any) -> Any:
+        return operator(*inputs) if torch.compiler.is_compiling() else Function.apply(*inputs)
+
+    return call
