@@ -16,7 +16,6 @@ ring, g globals, N state_dim, P partials.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.diagonal_scan_kernel import channel_decay
+from longctx.ops.launch import capability, launch, power_of_2
 
 LOG2_E = 1.4426950408889634
 TILE = 4096
@@ -133,7 +133,7 @@ def runs_on(weight: Tensor) -> bool:
         weight.is_cuda
         and weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and weight.shape[1] <= WIDEST
-        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        and capability(weight.device) >= (8, 0)
     )
 
 
@@ -153,46 +153,53 @@ def step(weights: StepWeights, buffers: StepBuffers, *, window: int, dilation: i
     states = buffers.s.shape[1]
     ring = buffers.kv.shape[1] - lead
     tiles, partials = _partials(window + lead)
-    block, wide = triton.next_power_of_2(width), weights.up[0].shape[0]
+    block, wide = power_of_2(width), weights.up[0].shape[0]
     lines = max(1, TILE // block)
     few = max(1, lines // 2)  # of the narrowest product, so that it is shared by enough programs
-    wide_block = triton.next_power_of_2(wide)
+    wide_block = power_of_2(wide)
     wide_lines = max(1, TILE // wide_block)
     side = min(batch, MOST_SIDE)
-    # On a CPU under Triton's interpreter, which tests use.
-    with torch.cuda.device(buffers.x.device) if buffers.x.is_cuda else contextlib.nullcontext():
-        parts = triton.cdiv(rows, lines) + (triton.cdiv(width, lines) + triton.cdiv(states, lines) if dual else 0)
-        _project[(parts, side)](
-            buffers.x, *weights.attn_norm[:2], weights.qkv, *gate, *enter, decay,
-            buffers.q, buffers.kv, buffers.gate, buffers.s, buffers.position, buffers.for_q,
-            batch, weights.attn_norm[2], rows, states, lead, ring,
-            D=width, BLOCK=block, ROWS=lines, DUAL=dual, INJECTS=weights.injects, num_warps=4,
-        )  # fmt: skip
-        _attend[(partials, weights.n_heads, batch)](
-            buffers.q, buffers.kv, buffers.position, buffers.partials, buffers.maxima,
-            window, dilation, lead, ring, rows - width, group, head**-0.5 * LOG2_E,
-            K=head, PAD=triton.next_power_of_2(head), KEYS=KEYS, TILES=tiles, num_warps=4,
-        )  # fmt: skip
-        _combine[(triton.cdiv(width, few), side)](
-            buffers.partials, buffers.maxima, *weights.out, buffers.x, buffers.gate, buffers.s, leave,
-            buffers.for_attended, buffers.residual, batch, states, partials,
-            D=width, BLOCK=block, ROWS=few, HEADS=weights.n_heads, K=head, PARTIALS=triton.next_power_of_2(partials),
-            STATES=triton.next_power_of_2(max(states, 1)), DUAL=dual, INJECTS=weights.injects, num_warps=4,
-        )  # fmt: skip
-        _expand[(triton.cdiv(wide, lines), side)](
-            buffers.residual, *weights.ffn_norm[:2], *weights.up, buffers.hidden, batch, weights.ffn_norm[2], wide,
-            D=width, BLOCK=block, ROWS=lines, num_warps=4,
-        )  # fmt: skip
-        _contract[(triton.cdiv(width, wide_lines), side)](
-            buffers.hidden, *weights.down, buffers.residual, buffers.y, buffers.total, buffers.position, batch, width,
-            WIDE=wide, BLOCK=wide_block, ROWS=wide_lines, INJECTS=weights.injects, num_warps=4,
-        )  # fmt: skip
+    kinds = {"DUAL": dual, "INJECTS": weights.injects}
+
+    parts = -(-rows // lines) + (-(-width // lines) + -(-states // lines) if dual else 0)
+    values = (
+        buffers.x, *weights.attn_norm[:2], weights.qkv, *gate, *enter, decay,
+        buffers.q, buffers.kv, buffers.gate, buffers.s, buffers.position, buffers.for_q,
+        batch, weights.attn_norm[2], rows, states, lead, ring,
+    )  # fmt: skip
+    launch(_project, (parts, side), values, {"D": width, "BLOCK": block, "ROWS": lines, **kinds}, num_warps=4)
+
+    values = (
+        buffers.q, buffers.kv, buffers.position, buffers.partials, buffers.maxima,
+        window, dilation, lead, ring, rows - width, group, head**-0.5 * LOG2_E,
+    )  # fmt: skip
+    constants = {"K": head, "PAD": power_of_2(head), "KEYS": KEYS, "TILES": tiles}
+    launch(_attend, (partials, weights.n_heads, batch), values, constants, num_warps=4)
+
+    values = (
+        buffers.partials, buffers.maxima, *weights.out, buffers.x, buffers.gate, buffers.s, leave,
+        buffers.for_attended, buffers.residual, batch, states, partials,
+    )  # fmt: skip
+    constants = {"D": width, "BLOCK": block, "ROWS": few, "HEADS": weights.n_heads, "K": head}
+    constants |= {"PARTIALS": power_of_2(partials), "STATES": power_of_2(max(states, 1)), **kinds}
+    launch(_combine, (-(-width // few), side), values, constants, num_warps=4)
+
+    values = (
+        buffers.residual, *weights.ffn_norm[:2], *weights.up, buffers.hidden, batch, weights.ffn_norm[2], wide,
+    )  # fmt: skip
+    launch(_expand, (-(-wide // lines), side), values, {"D": width, "BLOCK": block, "ROWS": lines}, num_warps=4)
+
+    values = (
+        buffers.hidden, *weights.down, buffers.residual, buffers.y, buffers.total, buffers.position, batch, width,
+    )  # fmt: skip
+    constants = {"WIDE": wide, "BLOCK": wide_block, "ROWS": wide_lines, "INJECTS": weights.injects}
+    launch(_contract, (-(-width // wide_lines), side), values, constants, num_warps=4)
 
 
 def _partials(keys: int) -> tuple[int, int]:
     """(tiles of keys that a program goes through, programs that share the keys of a head)."""
-    tiles = triton.cdiv(keys, KEYS * MOST_PARTIALS)
-    return tiles, triton.cdiv(keys, KEYS * tiles)
+    tiles = -(-keys // (KEYS * MOST_PARTIALS))
+    return tiles, -(-keys // (KEYS * tiles))
 
 
 @triton.jit

@@ -15,12 +15,12 @@ Letters: B batch, T sequence length, N channels, M chunks.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from longctx.ops.launch import capability, launch, power_of_2
 
 RUN, RUNS = 16, 16
 """Tokens of a run, and runs of a tile."""
@@ -38,7 +38,7 @@ def fits(x: Tensor, decay: Tensor) -> bool:
         x.is_cuda
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and decay.dtype != torch.float64
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and capability(x.device) >= (8, 0)
     )
 
 
@@ -55,22 +55,33 @@ def scan_kernel(
 
     x `[B, T, N]`, any strides; decay and bias `[N]`; initial `[B, N]`, zeros if None. tanh: the decay is tanh(decay).
     """
-    s, final, _ = _launch(x, decay, initial, dtype=dtype, bias=bias, tanh=tanh)
+    s, final, _ = _scan(x, decay, initial, dtype=dtype, bias=bias, tanh=tanh)
     return s, final
 
 
 def backward_kernel(
-    grad: Tensor, for_final: Tensor, decay: Tensor, initial: Tensor | None, s: Tensor, *, dtype: torch.dtype
+    grad: Tensor,
+    for_final: Tensor | None,
+    decay: Tensor,
+    initial: Tensor | None,
+    s: Tensor,
+    *,
+    dtype: torch.dtype,
+    tanh: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x `[B, T, N]` in `dtype`, decay `[N]` and r_0 `[B, N]`, which times decay is that to initial.
 
-    grad `[B, T, N]` and for_final `[B, N]` are those to s and to its last row: r_t = grad_t + decay * r_{t+1}.
+    grad `[B, T, N]` and for_final `[B, N]`, zeros if None, are those to s, contiguous, and to its last row:
+    r_t = grad_t + decay * r_{t+1}. tanh: the decay is tanh(decay), and the gradient that to the tanh. out: where to
+    write the gradient to x, channels behind each other; None: new memory.
     """
-    r, first, partials = _launch(grad, decay, None, dtype=dtype, extra=for_final, before=s, start=initial)
+    how = {"dtype": dtype, "tanh": tanh, "extra": for_final, "before": s, "start": initial, "out": out}
+    r, first, partials = _scan(grad, decay, None, **how)
     return r, partials.sum((0, 1)), first
 
 
-def _launch(
+def _scan(
     x: Tensor,
     decay: Tensor,
     initial: Tensor | None,
@@ -81,16 +92,17 @@ def _launch(
     extra: Tensor | None = None,
     before: Tensor | None = None,
     start: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """before `[B, T, N]`: go from the end, and sum r_t * before_{t-1} (start at the first) for each chunk."""
     batch, length, channels = x.shape
-    lanes = min(LANES, max(16, triton.next_power_of_2(channels)))
-    tiles = triton.cdiv(length, RUN * RUNS * MOST_CHUNKS)
-    chunks = triton.cdiv(length, RUN * RUNS * tiles)
+    lanes = min(LANES, max(16, power_of_2(channels)))
+    tiles = -(-length // (RUN * RUNS * MOST_CHUNKS))
+    chunks = -(-length // (RUN * RUNS * tiles))
     if x.stride(2) != 1:
         x = x.contiguous()
     back = before is not None
-    s = torch.empty(batch, length, channels, device=x.device, dtype=dtype)
+    s = torch.empty(batch, length, channels, device=x.device, dtype=dtype) if out is None else out
     new = {"device": x.device, "dtype": torch.float32}
     ends = torch.empty(batch, chunks * tiles * RUNS, channels, **new)
     totals = torch.empty(batch, chunks, channels, **new)
@@ -99,17 +111,17 @@ def _launch(
     # Going from the end is going forward through memory laid out the other way round.
     turn = -1 if back else 1
     steps = (x.stride(0), turn * x.stride(1), (length - 1) * x.stride(1) if back else 0)
-    grid = (chunks, triton.cdiv(channels, lanes), batch)
+    grid = (chunks, -(-channels // lanes), batch)
     initial, bias, extra, start = (None if t is None else t.contiguous() for t in (initial, bias, extra, start))
-    flags = {"RUN": RUN, "RUNS": RUNS, "LANES": lanes, "num_warps": 4}
-    flags |= {"TANH": tanh, "BIAS": bias is not None, "EXTRA": extra is not None}
-    # On a CPU under Triton's interpreter, which tests use.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _ends[grid](x, bias, extra, decay, ends, totals, *steps, length, channels, tiles, **flags)
-        _apply[grid](
-            x, bias, extra, decay, ends, totals, initial, s, final, before, start, partials,
-            *steps, length, channels, tiles, INITIAL=initial is not None, BACK=back, START=start is not None, **flags,
-        )  # fmt: skip
+    constants = {"RUN": RUN, "RUNS": RUNS, "LANES": lanes}
+    constants |= {"TANH": tanh, "BIAS": bias is not None, "EXTRA": extra is not None}
+    common = (*steps, length, channels, tiles)
+    launch(_ends, grid, (x, bias, extra, decay, ends, totals, *common), constants, num_warps=4)
+    values = (
+        x, bias, extra, decay, ends, totals, initial, s, final, before, start, partials, *s.stride()[:2], *common,
+    )  # fmt: skip
+    constants |= {"INITIAL": initial is not None, "BACK": back, "START": start is not None}
+    launch(_apply, grid, values, constants, num_warps=4)
     return s, final, partials
 
 
@@ -151,7 +163,7 @@ def _ends(
 @triton.jit(do_not_specialize=["tiles", "length"])
 def _apply(
     x, bias, extra, decay, ends, totals, initial, out, final, before, start, partials,
-    x_batch, x_token, x_first, length, channels, tiles,
+    out_batch, out_token, x_batch, x_token, x_first, length, channels, tiles,
     RUN: tl.constexpr, RUNS: tl.constexpr, LANES: tl.constexpr,
     TANH: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
     INITIAL: tl.constexpr, BACK: tl.constexpr, START: tl.constexpr,
@@ -184,7 +196,7 @@ def _apply(
 
     x += item * x_batch + x_first
     turn = -1 if BACK else 1
-    rows = item * length + (length - 1 if BACK else 0)
+    out += item * out_batch + (tl.cast(length - 1, tl.int64) * out_token if BACK else 0)
     correlation = tl.zeros((RUNS, LANES), tl.float32)
     for tile in range(tiles):
         first = (chunk * tiles + tile) * RUNS + runs
@@ -208,10 +220,10 @@ def _apply(
             s1 = a[None, :] * s0 + x1
             s2 = a[None, :] * s1 + x2
             s = a[None, :] * s2 + x3
-            _put(out, final, s0, rows, turn, first + step, item, length, channels, lanes, known)
-            _put(out, final, s1, rows, turn, first + step + 1, item, length, channels, lanes, known)
-            _put(out, final, s2, rows, turn, first + step + 2, item, length, channels, lanes, known)
-            _put(out, final, s, rows, turn, first + step + 3, item, length, channels, lanes, known)
+            _put(out, final, s0, turn * out_token, first + step, item, length, channels, lanes, known)
+            _put(out, final, s1, turn * out_token, first + step + 1, item, length, channels, lanes, known)
+            _put(out, final, s2, turn * out_token, first + step + 2, item, length, channels, lanes, known)
+            _put(out, final, s, turn * out_token, first + step + 3, item, length, channels, lanes, known)
             if BACK:
                 correlation += s0 * b0 + s1 * b1 + s2 * b2 + s * b3
         carry = tl.sum(tl.where((runs == RUNS - 1)[:, None], s, 0.0), 0)
@@ -307,8 +319,8 @@ def _earlier(before, start, at, item, length, channels, lanes, known, START: tl.
 
 
 @triton.jit
-def _put(out, final, s, rows, turn, at, item, length, channels, lanes, known):
-    place = (rows + turn * at) * channels
+def _put(out, final, s, out_token, at, item, length, channels, lanes, known):
+    place = at * out_token
     there = (at < length)[:, None] & known[None, :]
     tl.store(out + place[:, None] + lanes[None, :], s.to(out.dtype.element_ty), mask=there)
     last = (at == length - 1)[:, None] & known[None, :]

@@ -53,6 +53,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return _alone
 
 
+def power_of_2(least: int) -> int:
+    """The smallest that is not below `least`. Triton's own asks more of the host than a launch may."""
+    return 1 << (least - 1).bit_length()
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU."""
     # torch.compile knows torch's function, and cannot look through the cache.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.launch import capability, launch
+from longctx.ops.launch import capability, launch, power_of_2
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -85,7 +85,7 @@ def _normalize(
         # One long sequence: a short batch entry leaves no program half empty.
         batch, tokens = 1, batch * tokens
     strides = [t.stride()[:2] if t is not None else (0, 0) for t in (x, added, shifted)]
-    padded = _padded(width)
+    padded = power_of_2(width)
     lines = max(1, TILE // padded)
     # Grids are longest along their first axis.
     for first in range(0, batch, 65535):
@@ -105,7 +105,7 @@ def layer_norm_backward(
     Adds to partials `[P, 3, D]`, fp32: the gradients of weight and bias, and the sum of `beside` over its rows.
     """
     rows, width = x.shape
-    padded = _padded(width)
+    padded = power_of_2(width)
     lines = max(1, TILE // 2 // padded)
     constants = {"W": width, "PAD": padded, "LINES": lines, "BESIDE": beside is not None}
     values = (grad, x, weight, beside, out, partials, rows, eps)
@@ -189,11 +189,6 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, before: Tensor, bias: Ten
     grid = (partials.shape[0] * (width // columns),)
     launch(_linear_gelu_backward, grid, values, constants, num_warps=warps, num_stages=stages)
     return partials.sum(0)
-
-
-def _padded(width: int) -> int:
-    """The next power of 2. Triton's own asks more of the host than a launch may."""
-    return 1 << (width - 1).bit_length()
 
 
 def programs(rows: int) -> int:
