@@ -32,6 +32,8 @@ class Series:
     points: list[tuple[float, float]] = field(default_factory=list)
     intervals: dict[float, tuple[float, float]] = field(default_factory=dict)
     """Place -> 95% interval of the value, for the points that have one."""
+    rows: dict[float, BenchmarkResult] = field(default_factory=dict)
+    """Place -> the row of its point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ def collect(
     names = _Names([result for _, result in rows], x)
     points: dict[str, dict[float, float]] = {}
     bars: dict[str, dict[float, tuple[float, float]]] = {}
+    sources: dict[str, dict[float, BenchmarkResult]] = {}
     missing: dict[tuple[str, float | None], Missing] = {}
     for label, result in rows:
         name = names.of(result, label if len(runs) > 1 else "")
@@ -157,13 +160,19 @@ def collect(
             missing[name, place] = Missing(name=name, x=place, reason=reason)
         else:
             points.setdefault(name, {})[place] = value
+            sources.setdefault(name, {})[place] = result
             interval = _interval(result, metric)
             bars.setdefault(name, {}).pop(place, None)
             if interval:
                 bars[name][place] = interval
             missing.pop((name, place), None)
     curves = [
-        Series(name=name, points=sorted(values.items()), intervals={t: i for t, i in bars[name].items() if t in values})
+        Series(
+            name=name,
+            points=sorted(values.items()),
+            intervals={t: i for t, i in bars[name].items() if t in values},
+            rows={t: sources[name][t] for t in sorted(values)},
+        )
         for name, values in points.items()
         if values
     ]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longctx.analysis.scaling import fit_slope
+from longctx.analysis.curves import Curve, growth
 from longctx.analysis.series import Missing, Series, collect, metric_for
 from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MIN_WIDTH, MAX_WIDTH = 40, 100
 MIN_HEIGHT, MAX_HEIGHT = 12, 20
-MARKERS = "●■▲◆○□△◇▼▽+x*#@%&=$"
+MARKERS = "●■▲◆○□△◇▼▽+x$abcdefg"
 # ANSI colours that are legible on light and dark backgrounds, in the order in which curves take them.
 COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow")
 COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}
@@ -45,7 +45,8 @@ _UNITS = {
     "J/token": ENERGIES,
 }
 _STATUS_WORDS = {"oom": "OOM"}
-_ASCII = str.maketrans("─│┃┌┐└┘├┤┬┴┼·●■▲◆○□△◇▼▽…", "-||+++++++++.*#^ooO^+vv~")
+# Each marker has a character of its own here too, and none is that of a line, a bar or a roof.
+_ASCII = str.maketrans("─│┃┌┐└┘├┤┬┴┼·●■▲◆○□△◇▼▽…", "-||+++++++++.*#^%o@A&vY~")
 
 
 @dataclass(kw_only=True)
@@ -147,6 +148,7 @@ def styled(index: int, curve: Series) -> _Curve:
         name=_name(curve.name),
         points=curve.points,
         intervals=curve.intervals,
+        rows=curve.rows,
         marker=MARKERS[index % len(MARKERS)],
         color=COLORS[index % len(COLORS)],
     )
@@ -292,14 +294,22 @@ def _legend(
         length, value = curve.points[-1]
         words = f" {curve.name} {number(value / scale)}"
         words += f" at {_label(x, length)}" if length < longest else ""
-        slope = fit_slope(curve.points) if slopes else None
-        words += f", local slope {slope.slope:.2f}" if slope else ""
+        words += _exponent(curve) if slopes else ""
         entries.append(Text().append(curve.marker, style=curve.color if color else "").append(words))
     if slopes:
         entries.append(Text("··· T   ::: T²"))
     if bars:
         entries.append(Text(f"{BAR} 95% interval"))
     return packed(entries, width)
+
+
+def _exponent(curve: Series) -> str:
+    """`, T^1.98` of a law, `, local slope 1.95` of too few lengths for one: as the report has it of the same rows."""
+    rows = {int(length): row for length, row in curve.rows.items()}
+    found = growth(Curve(name=curve.name, block=curve.name, setting=(), rows=rows))
+    if found.time is None:
+        return f", {found.said}" if found.said and len(rows) > 1 else ""
+    return f", {'T^' if found.time.is_law else 'local slope '}{found.time.exponent:.2f}"
 
 
 def packed(entries: Sequence[Text], width: int) -> Text:
@@ -346,16 +356,20 @@ def _table(curves: Sequence[_Curve], lengths: Sequence[float], scale: float, x: 
 
 
 def _caption(missing: Sequence[Missing], x: XAxis) -> Text:
-    """Rows without a point, shortest length first: `OOM at 128K: Dense`."""
+    """Rows without a point, shortest length first, places with the same names together: `OOM at 128K: Dense`."""
     from rich.text import Text
 
     groups: dict[tuple[str, float | None], list[str]] = {}
     for row in missing:
         groups.setdefault((row.reason, row.x), []).append(_name(row.name))
-    lines = []
+    places: dict[tuple[str, tuple[str, ...]], list[float | None]] = {}
     for (reason, value), names in groups.items():
-        place = "" if value is None else f" at {_label(x, value) if x.name == LENGTH.name else _place(x, value)}"
-        lines.append(f"{_STATUS_WORDS.get(reason, _name(reason))}{place}: {', '.join(names)}")
+        places.setdefault((reason, tuple(names)), []).append(value)
+    lines = []
+    for (reason, names), values in places.items():
+        place = ", ".join(_label(x, value) for value in values if value is not None)
+        where = f" at {'' if x.name == LENGTH.name else f'{x.title} '}{place}" if place else ""
+        lines.append(f"{_STATUS_WORDS.get(reason, _name(reason))}{where}: {', '.join(names)}")
     return Text("\n".join(lines))
 
 

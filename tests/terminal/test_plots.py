@@ -6,9 +6,10 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from longctx.results import BenchmarkResult
-from longctx.terminal.plots import plot_size, scaling_plot, value_ticks
+from longctx.terminal.plots import MARKERS, plot_size, scaling_plot, to_ascii, value_ticks
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 METRICS = ("time", "throughput", "memory", "memory-per-token", "scaling")
@@ -60,8 +61,22 @@ def test_curves_keep_their_marker_and_are_listed_as_they_end():
 
 def test_scaling_shows_slopes_and_references():
     plot = scaling_plot(run(), metric="scaling", width=80, height=16)
-    assert "local slope 1.00" in plot.legend.plain and "local slope 2.00" in plot.legend.plain
+    # Five lengths over a span of 16 make a law, as in the report; the four of Dense make none.
+    assert "BLADE 164, T^1.00" in plot.legend.plain and "local slope 2.00" in plot.legend.plain
     assert "···" in plot.body.plain
+
+
+def test_scaling_tells_the_exponent_of_the_report():
+    rows = [row("BLADE", length, 0.05 + length * 1e-5) for length in LENGTHS]
+    assert ", T^1.00" in scaling_plot(rows, metric="scaling", width=80, height=16).legend.plain
+    launching = [row("BLADE", length, 0.05, warnings=["launch_bound"]) for length in LENGTHS]
+    assert ", launch-bound" in scaling_plot(launching, metric="scaling", width=80, height=16).legend.plain
+
+
+def test_places_without_a_figure_are_told_together():
+    rows = [row(name, length, None) for name in ("A", "B") for length in LENGTHS]
+    plot = scaling_plot([*rows, row("C", 1024, None, status="oom")], metric="time", width=80, height=16)
+    assert plot.caption.plain == "no figure at 1K, 2K, 4K, 8K, 16K: A, B\nOOM at 1K: C"
 
 
 def test_colour_only_where_asked():
@@ -109,6 +124,12 @@ def test_names_are_plain_text():
 def test_ascii_only_is_ascii():
     for metric in METRICS:
         assert scaling_plot(run(), metric=metric, width=80, height=16, ascii_only=True).plain.isascii()
+
+
+def test_markers_differ_in_ascii_too():
+    shown = to_ascii(Text(MARKERS)).plain
+    assert len(set(shown)) == len(MARKERS)
+    assert not set(shown) & set(".:|-=")
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.1, 0.9), (0.30, 0.33), (2.0, 2.0001), (-300.0, 300.0)])
