@@ -38,16 +38,17 @@ def conclude(results: Sequence[BenchmarkResult]) -> Conclusions:
     """Laws, crossovers against Dense, best blocks and the summary of rows of one mode."""
     found = growths(curves(results))
     crossings, best = against_base(found), best_blocks(results)
+    untold = _untold(found, crossings)
     settings: dict[tuple, list[BenchmarkResult]] = {}
     for row in results:
         # A row that failed early does not know its setting.
         if row.ok:
             settings.setdefault(setting(row), []).append(row)
     if len(settings) < 2:
-        said = sentences(results, found, crossings, best)
+        said = sentences(results, found, crossings, best, untold)
     else:
         axes = varying(row for rows in settings.values() for row in rows)
-        lines = [headline(rows, where=in_words(rows[0], axes)) for rows in settings.values()]
+        lines = [headline(rows, where=in_words(rows[0], axes), untold=untold) for rows in settings.values()]
         said = [line for line in lines if line]
         if len(said) > MOST_SETTINGS:
             said = [*said[:MOST_SETTINGS], f"{len(said) - MOST_SETTINGS} more settings are in the tables."]
@@ -59,9 +60,10 @@ def sentences(
     found: Sequence[Growth],
     crossings: Sequence[Crossover],
     best: Sequence[Best],
+    untold: Sequence[BenchmarkResult] = (),
 ) -> list[str]:
-    """At most four sentences; none where nothing can be compared."""
-    first, last = headline(results), longest_ranking(results)
+    """At most four sentences; none where nothing can be compared. untold: as `headline`."""
+    first, last = headline(results, untold=untold), longest_ranking(results)
     if first is None or last is None:
         return []
     # The headline's doubt is a sentence of its own and closes the summary.
@@ -79,6 +81,12 @@ def sentences(
     if doubt:
         said = [*said[:3], f"This is not a firm result: {doubt}"]
     return said[:4]
+
+
+def _untold(found: Sequence[Growth], crossings: Sequence[Crossover]) -> list[BenchmarkResult]:
+    """The rows at whose length the noise hides which of the block and Dense is faster."""
+    hidden = {crossing.a: crossing.untold for crossing in crossings}
+    return [g.curve.rows[t] for g in found for t in hidden.get(g.curve.name, ()) if t in g.curve.rows]
 
 
 def about(length: float, decimals: int | None = None) -> str:
@@ -123,7 +131,7 @@ def _growing(winner: Growth, found: Sequence[Growth], base: str) -> str | None:
     if dense and dense is not winner and dense.time:
         text += f", {base}'s as {_exponent(dense.time)}"
     if not winner.time.is_law:
-        text += f", from {about(winner.time.shortest)} to {about(winner.time.longest)} alone"
+        text += f", from {_exact(winner.time.shortest)} to {_exact(winner.time.longest)} alone"
     return text + "."
 
 
@@ -132,8 +140,16 @@ def _exponent(law: Law) -> str:
 
 
 def _listed(lengths: Sequence[int]) -> str:
-    words = [about(t) if t % 1024 else f"{t // 1024}K" for t in lengths]
+    words = list(map(_exact, lengths))
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _exact(length: int) -> str:
+    """A length that was or will be measured: `1K`, `1M`, `1.5K`, `900`."""
+    for size, letter in ((1 << 20, "M"), (1 << 10, "K")):
+        if length >= size and length % size == 0:
+            return f"{length // size}{letter}"
+    return about(length)
 
 
 def _memory(rows: Sequence[BenchmarkResult], best: Best) -> str | None:

@@ -77,6 +77,7 @@ def crossover(a: Growth, b: Growth) -> Crossover:
     margin = half if half is not None else math.log1p(LEVEL)
     signs = [0 if abs(value) <= margin else (1 if value > 0 else -1) for _, value in points]
     told = [i for i, sign in enumerate(signs) if sign]
+    names["untold"] = tuple(t for t, sign in zip(lengths, signs, strict=True) if not sign)
     if not told:
         return Crossover(**names, verdict="level")
     changes = [(i, j) for i, j in pairwise(told) if signs[i] != signs[j]]
@@ -87,7 +88,6 @@ def crossover(a: Growth, b: Growth) -> Crossover:
             **names, verdict="crosses", at=at, low=low, high=high, faster_after=after, crossings=len(changes)
         )
     slower = signs[told[0]] > 0
-    names["untold"] = tuple(t for t, sign in zip(lengths, signs, strict=True) if not sign)
     names["verdict"] = "above" if slower else "below"
     return _beyond(a.time, b.time, names, slower=slower)
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from longctx.analysis.conclusions import conclude
 from longctx.analysis.series import METRICS, collect, metric_for
 from longctx.analysis.summary import headline, problems, rankings, slopes
 from longctx.results import BenchmarkResult
@@ -107,6 +108,23 @@ def test_headline_claims_nothing_that_the_rounds_contradict():
     assert "3 rounds do not tell it from Dense" in headline([dense, blade])
     blade.samples = [[0.8], [0.9], [0.7]]
     assert "1.25x faster" in headline([dense, blade])
+
+
+def test_the_summary_and_the_crossovers_agree():
+    """Three rounds of one length agree by chance; those of all lengths say that it is noise."""
+    rows = []
+    for length, ratios in ((1024, (0.9, 1.1, 1.0)), (2048, (1.1, 0.95, 0.9)), (4096, (0.9, 0.95, 0.99))):
+        rows += [row("Dense", length, 1.0), row("BLADE", length, 0.95)]
+        rows[-2].samples, rows[-1].samples = [[1.0]] * 3, [[ratio] for ratio in ratios]
+    found = conclude(rows)
+    assert found.crossovers[0].verdict == "level"
+    assert "1.05x faster" in headline(rows)
+    assert "3 rounds do not tell it from Dense" in found.sentences[0]
+
+
+def test_measured_lengths_are_said_exactly():
+    rows = [row(name, t, t * 1e-3) for name in ("Dense", "BLADE") for t in (1024, 2048, 8192)]
+    assert "from 1K to 8K alone" in " ".join(conclude(rows).sentences)
 
 
 def test_headline_says_what_makes_it_doubtful():
