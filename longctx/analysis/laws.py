@@ -66,7 +66,7 @@ class Law:
 
     @property
     def word(self) -> str:
-        """What the interval, not the point alone, lets be said: linear, quadratic, between, or how unsure it is."""
+        """What the interval, not the point alone, lets be said: constant, linear, quadratic, between, or how unsure it is."""
         if self.low is None or self.high is None:
             return _word(self.exponent, self.exponent)
         return _word(self.low, self.high)
@@ -77,7 +77,7 @@ class Law:
 
 
 def _word(low: float, high: float) -> str:
-    for target, name in ((1.0, "linear"), (2.0, "quadratic")):
+    for target, name in ((0.0, "constant"), (1.0, "linear"), (2.0, "quadratic")):
         if target - 0.15 <= low and high <= target + 0.15:
             return name
     if high < 1:

@@ -106,8 +106,12 @@ def headline(
         value = best.ratio.value
         unsure = any(row is best.result for row in untold) and not 0.98 <= value <= 1.02
         if unsure or (best.ratio.rounds > 1 and best.ratio.low < 1 < best.ratio.high):
-            said = f"{best.ratio.rounds} rounds do" if best.ratio.rounds > 1 else "one round does"
-            sentence += f", but {said} not tell it from {BASE}"
+            said = f"but {best.ratio.rounds} rounds do" if best.ratio.rounds > 1 else "but one round does"
+            if value > 1.02:
+                sentence = f"{place} {BASE} is ahead of every other block, {said} not tell it from the next, "
+                sentence += str(best.result.block_name)
+            else:
+                sentence += f", {said} not tell it from {BASE}"
         elif value < 0.98:
             sentence += f", {1 / value:.2f}x faster than {BASE}"
         elif value > 1.02:

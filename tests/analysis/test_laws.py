@@ -91,6 +91,7 @@ def law(low, high):
         (1.95, 2.10, "quadratic"),
         (1.2, 1.6, "between"),
         (0.4, 0.6, "sublinear"),
+        (-0.1, 0.1, "constant"),
         (2.3, 2.5, "above quadratic"),
         (0.7, 1.2, "about linear"),
         (1.7, 2.2, "about quadratic"),

@@ -106,6 +106,8 @@ def test_headline_claims_nothing_that_the_rounds_contradict():
     dense, blade = row("Dense", 1024, 1.0), row("BLADE", 1024, 0.8)
     dense.samples, blade.samples = [[1.0], [1.0], [1.0]], [[0.8], [1.3], [0.7]]
     assert "3 rounds do not tell it from Dense" in headline([dense, blade])
+    blade.samples = [[1.3], [0.8], [1.2]]
+    assert "Dense is ahead" in headline([dense, blade]) and "from the next, BLADE" in headline([dense, blade])
     blade.samples = [[0.8], [0.9], [0.7]]
     assert "1.25x faster" in headline([dense, blade])
 
