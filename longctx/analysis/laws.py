@@ -66,7 +66,7 @@ class Law:
 
     @property
     def word(self) -> str:
-        """What the interval, not the point alone, lets be said: constant, linear, quadratic, between, or how unsure it is."""
+        """What the interval, not the point alone, lets be said: constant, linear, quadratic, between, or unsure."""
         if self.low is None or self.high is None:
             return _word(self.exponent, self.exponent)
         return _word(self.low, self.high)
