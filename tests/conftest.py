@@ -16,6 +16,18 @@ def _gpu_missing() -> str | None:
     return None if torch.cuda.is_available() else "needs an NVIDIA GPU; torch sees none here"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With `-n` each test process, and all that it starts, keeps to processors of its own: what one measures is not
+    disturbed by another, and workers that take the first processor they may use do not all take the same."""
+    ours = getattr(config, "workerinput", None)
+    if ours is None or not hasattr(os, "sched_setaffinity"):
+        return
+    number, count = int(ours["workerid"].removeprefix("gw")), ours["workercount"]
+    # Before torch is imported, which makes as many threads as there are processors then.
+    if share := sorted(os.sched_getaffinity(0))[number::count]:
+        os.sched_setaffinity(0, share)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("cuda")]
     reason = _gpu_missing() if marked else None

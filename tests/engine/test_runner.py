@@ -1038,12 +1038,16 @@ def test_a_hang_is_ended_by_the_time_for_the_whole_and_has_no_row(tmp_path, mine
 # -- the command, interrupted and killed ---------------------------------------------------------------------------
 
 
+KILLS, MANY = 25, 40
+"""Kills at random moments, and cells enough for an end to come before the last of them."""
+
+
 @pytest.fixture
 def command(tmp_path, mine):
-    """Starts `longctx sweep` over eight lengths, saved to `saved(tmp_path)`."""
+    """Starts `longctx sweep` over so many lengths, saved to `saved(tmp_path)`."""
     with contextlib.ExitStack() as stack:
 
-        def start(*words: str, cells: int = 8) -> subprocess.Popen:
+        def start(*words: str, cells: int) -> subprocess.Popen:
             call = [sys.executable, "-m", "longctx", "sweep", "--blocks", mine("Counted"), "--sequence-lengths"]
             call += [str(8 * index) for index in range(1, cells + 1)]
             shape = "--d-model 32 --n-heads 2 --rounds 1 --warmup-runs 1 --benchmark-runs 4 --device cpu --threads 1"
@@ -1073,7 +1077,7 @@ def wait_for_rows(process: subprocess.Popen, path: Path, count: int) -> None:
 
 
 def test_ctrl_c_ends_in_130_with_all_finished_rows_on_disk_and_no_worker_left(command, tmp_path):
-    process = command()
+    process = command(cells=MANY)
     wait_for_rows(process, saved(tmp_path), 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     before = rows_on_disk(saved(tmp_path))
@@ -1084,15 +1088,11 @@ def test_ctrl_c_ends_in_130_with_all_finished_rows_on_disk_and_no_worker_left(co
     assert workers
     assert all_gone(workers)
     rows = rows_on_disk(saved(tmp_path))
-    assert 1 <= len(before) <= len(rows) < 8
+    assert 1 <= len(before) <= len(rows) < MANY
     assert rows[: len(before)] == before
     assert {row["status"] for row in rows} == {"ok"}
     assert "--resume" in said
     assert list((tmp_path / "out").iterdir()) == [saved(tmp_path)]
-
-
-KILLS, MANY = 25, 40
-"""Kills at random moments, over so many cells."""
 
 
 def test_a_sweep_that_is_killed_again_and_again_loses_and_repeats_nothing(command, tmp_path):
