@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from longctx import BenchmarkConfig
-from longctx.config import BlockRequest, Cell, command_line, parse_blocks, parse_length, variants
+from longctx.config import BlockRequest, Cell, parse_blocks, parse_length, variants
 from longctx.errors import LongctxError, UsageError
+from longctx.reproduce import command_line
 
 
 @pytest.mark.parametrize(

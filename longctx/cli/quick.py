@@ -55,7 +55,8 @@ def quick(
     One round of a few calls, not saved unless --output-file is given. `longctx sweep` measures with more care.
     """
     from longctx.cli._measure import exit_code, measure, print_json
-    from longctx.config import BenchmarkConfig, command_line, parse_blocks
+    from longctx.config import BenchmarkConfig, parse_blocks
+    from longctx.reproduce import command_line
 
     given, vary = options.axes(
         batch_size=batch_size,

@@ -103,7 +103,7 @@ def title_of(part: str) -> str:
 def table_of(checks: Sequence[dict[str, Any]], width: int, *, verbose: bool, ascii_only: bool = False) -> Text:
     """check, result, figure, limit. Without `verbose` a part that passed whole is one line: its closest call."""
     from longctx.terminal.format import plain
-    from longctx.terminal.tables import Column, layout
+    from longctx.terminal.layout import Column, layout
 
     parts: dict[str, list[dict[str, Any]]] = {}
     for check in checks:

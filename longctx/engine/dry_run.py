@@ -11,8 +11,9 @@ from typing import Any
 from longctx.config import LIGHTNING, BenchmarkConfig, Cell
 from longctx.engine.machine import predict_memory_bytes
 from longctx.engine.peaks import Peaks, load_peaks, peaks_key
+from longctx.engine.preparation import START_TIMEOUT_S, requested
 from longctx.engine.process import Refused, WorkerLost
-from longctx.engine.runner import START_TIMEOUT_S, Sweep, requested, results_path
+from longctx.engine.runner import Sweep, results_path
 from longctx.results import BenchmarkResult, read_results
 
 STREAMED = ("decode", "prefill")

@@ -18,13 +18,15 @@ from typing import Any
 from longctx import blocks as own_blocks
 from longctx.analysis.paired import judge
 from longctx.analysis.plausibility import mark_suspects
-from longctx.config import AGAINST_ROUNDS, BenchmarkConfig, BlockRequest, Cell, command_line, names_file
+from longctx.config import AGAINST_ROUNDS, BenchmarkConfig, BlockRequest, Cell, names_file
+from longctx.engine.preparation import own_spelling, requested
 from longctx.engine.process import Worker
 from longctx.engine.rows import add_round
-from longctx.engine.runner import Sweep, own_spelling, requested
+from longctx.engine.runner import Sweep
 from longctx.engine.turns import Turns
 from longctx.errors import LongctxError, UsageError
 from longctx.events import CellFinished, CellPhase, Event, Notice, SampleTaken
+from longctx.reproduce import command_line
 from longctx.results import BenchmarkResult
 
 MORE_ROUNDS = 4

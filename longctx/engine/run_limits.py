@@ -22,12 +22,14 @@ from longctx.analysis.frontier import (
     next_length,
     reached_at,
 )
-from longctx.config import MAX_LENGTH, BenchmarkConfig, BlockRequest, Cell, check_length, command_line
+from longctx.config import MAX_LENGTH, BenchmarkConfig, BlockRequest, Cell, check_length
 from longctx.engine.machine import available_memory_bytes, predict_memory_bytes
+from longctx.engine.preparation import requested
 from longctx.engine.rows import add_round, fault
-from longctx.engine.runner import Sweep, requested
+from longctx.engine.runner import Sweep
 from longctx.errors import UsageError
 from longctx.events import CellFinished, CellStarted, Event
+from longctx.reproduce import command_line
 from longctx.results import MIB, BenchmarkResult
 
 TIMEOUT_S = 120.0

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from longctx.analysis.paired import PairedCell
 from longctx.analysis.settings import in_words, varying
 from longctx.terminal import format as fmt
-from longctx.terminal.tables import Column, layout, status_word
+from longctx.terminal.layout import Column, layout
+from longctx.terminal.tables import status_word
 
 if TYPE_CHECKING:
     from rich.text import Text

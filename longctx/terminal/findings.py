@@ -12,7 +12,7 @@ from longctx.analysis.curves import Growth
 from longctx.analysis.laws import Law
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
-from longctx.terminal.tables import Column, layout
+from longctx.terminal.layout import Column, layout
 
 if TYPE_CHECKING:
     from rich.text import Text

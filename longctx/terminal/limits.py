@@ -14,8 +14,9 @@ from longctx.events import CellFinished, Event
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.findings import exponent, kind, law_document, lined
+from longctx.terminal.layout import Column, layout
 from longctx.terminal.live import LiveView, PlainView, SweepView
-from longctx.terminal.tables import Column, layout, status_word
+from longctx.terminal.tables import status_word
 
 if TYPE_CHECKING:
     from rich.console import Console

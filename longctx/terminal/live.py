@@ -33,7 +33,8 @@ from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.console import ascii_only, cursor_while_stopped
 from longctx.terminal.estimate import Estimate
-from longctx.terminal.tables import Column, environment_line, gate_error, layout, status_word
+from longctx.terminal.layout import Column, layout
+from longctx.terminal.tables import environment_line, gate_error, status_word
 
 if TYPE_CHECKING:
     from rich.live import Live

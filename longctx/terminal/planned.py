@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.settings import varying
 from longctx.terminal import format as fmt
-from longctx.terminal.tables import MODE_HEADS, STYLES, Column, layout
+from longctx.terminal.layout import Column, layout
+from longctx.terminal.tables import MODE_HEADS, STYLES
 
 if TYPE_CHECKING:
     from rich.text import Text

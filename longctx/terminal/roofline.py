@@ -11,8 +11,8 @@ from longctx.analysis.series import Series
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.format import FLOP_RATES, Unit
+from longctx.terminal.layout import Column, layout
 from longctx.terminal.plots import COLOR_CODES, MIN_WIDTH, PlotText, packed, padded, styled, to_ascii, value_ticks
-from longctx.terminal.tables import Column, layout
 
 if TYPE_CHECKING:
     from rich.text import Text

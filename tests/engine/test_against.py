@@ -26,7 +26,7 @@ import torch
 import longctx
 from longctx.analysis.paired import judge
 from longctx.config import BenchmarkConfig, BlockRequest
-from longctx.engine import process, runner, timing, turns
+from longctx.engine import preparation, process, timing, turns
 from longctx.engine.process import WorkerLost, WorkerProcess
 from longctx.engine.run_against import opponent, run_against
 from longctx.engine.timing import time_call
@@ -98,7 +98,7 @@ def test_a_folder_is_told_from_a_block(tmp_path, monkeypatch):
 def test_what_cannot_be_compared_is_refused_before_a_process_starts(
     tmp_path, monkeypatch, blocks, other, values, words
 ):
-    monkeypatch.setattr(runner, "WorkerProcess", None)
+    monkeypatch.setattr(preparation, "WorkerProcess", None)
     with pytest.raises(LongctxError, match=words) as caught:
         run_against(blocks, other.replace("{folder}", str(tmp_path)), config_of(tmp_path, **values))
     assert caught.value.exit_code == 2
@@ -287,7 +287,7 @@ class Actor:
 @pytest.fixture
 def stage(monkeypatch) -> Stage:
     stage = Stage()
-    monkeypatch.setattr(runner, "WorkerProcess", stage)
+    monkeypatch.setattr(preparation, "WorkerProcess", stage)
     return stage
 
 
@@ -561,7 +561,7 @@ def test_the_same_block_in_two_checkouts(tmp_path, monkeypatch):
         (package / "mix.py").write_text(PACKAGED)
     monkeypatch.chdir(tmp_path / "new")
     watch = Watch()
-    monkeypatch.setattr(runner, "WorkerProcess", watch)
+    monkeypatch.setattr(preparation, "WorkerProcess", watch)
     before = children()
     values = {"rounds": 1, "benchmark_runs": 40, "fixed_runs": True, "threads": 2, "sequence_lengths": [512]}
     ((ours, theirs),) = run_against(["pack.mix:Plain"], "../old", config_of(tmp_path, profile_memory=True, **values))

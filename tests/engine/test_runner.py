@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 import longctx
 from longctx import results as results_module
 from longctx.config import BenchmarkConfig
-from longctx.engine import runner, timing
+from longctx.engine import preparation, runner, timing
 from longctx.engine.process import WorkerProcess
 from longctx.engine.runner import results_path, run_sweep
 from longctx.errors import LongctxError, ResultsError, UsageError
@@ -996,7 +996,7 @@ def test_the_process_that_looks_at_users_code_measures_nothing_and_is_gone_befor
             left.update(children() - before)
             raise Stop
 
-    monkeypatch.setattr(runner, "WorkerProcess", Watched)
+    monkeypatch.setattr(preparation, "WorkerProcess", Watched)
     with pytest.raises(Stop):
         sweep([mine("Plain"), "Identity", mine("Counted")], tmp_path, on_event=look, isolation="worker")
     assert not children() - before

@@ -10,11 +10,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from longctx.results import BenchmarkResult
+from longctx.terminal.layout import Column, layout
 from longctx.terminal.tables import (
-    Column,
     environment_line,
     facts,
-    layout,
     notes,
     ranking_lines,
     results_table,

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import longctx
-from longctx.config import LIGHTNING, BlockRequest, Cell, command_line
+from longctx.config import LIGHTNING, BlockRequest, Cell
 from longctx.engine.measure import Plan
 from longctx.errors import UsageError
+from longctx.reproduce import command_line
 from longctx.training import BenchmarkConfig, cell, run_lightning_cell
 
 USERS = """
