@@ -1,0 +1,46 @@
+"""What tests of sweeps share: short warm-ups, no process left behind, blocks of the tests' own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+
+import psutil
+import pytest
+from tiny_sweeps import BLOCKS, children
+
+from longctx.engine import timing
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    """Short warm-ups, and locks of this module's own: other sweeps on this machine have nothing to do with it."""
+    folder = str(tmp_path_factory.mktemp("locks"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(timing, "MIN_WARM_S", {"cpu": 0.0, "cuda": 0.0})
+        patch.setattr(timing, "MAX_WARM_S", {"cpu": 0.05, "cuda": 0.05})
+        # Each cell collects garbage, and a test process holds much that is none.
+        gc.freeze()
+        yield
+        gc.unfreeze()
+
+
+@pytest.fixture
+def tidy(brief):
+    """`brief`, and a process that a fault of ours leaves behind does not disturb the next test."""
+    gc.freeze()
+    before = children()
+    yield
+    for process in children() - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Names a block of the tests' own: `mine("Counted")`."""
+    (tmp_path / "mine.py").write_text(BLOCKS)
+    return lambda name: f"{tmp_path}/mine.py:{name}"
