@@ -9,6 +9,7 @@ import importlib.util
 import site
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -155,14 +156,21 @@ def _imports(module: ModuleType, text: bytes) -> list[str]:
 
 def _is_users(module: ModuleType | None) -> bool:
     path = getattr(module, "__file__", None)
-    if not path or module.__name__.partition(".")[0] == "longctx":
-        return False
+    return bool(path) and module.__name__.partition(".")[0] != "longctx" and not _is_installed(path)
+
+
+def _is_installed(path: str) -> bool:
     installed = [*site.getsitepackages(), site.getusersitepackages()]
     installed += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return not any(Path(path).is_relative_to(folder) for folder in installed)
+    return any(Path(path).is_relative_to(folder) for folder in installed)
 
 
 def in_words(error: BaseException) -> str:
-    """`ValueError: the message`, or the type alone if it has none."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """`ValueError in mine.py, line 12: the message`: the kind, the innermost line of the user's own, what was said."""
+    ours = Path(__file__).parents[1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    frames = [f for f in frames if not (_is_installed(f.filename) or Path(f.filename).is_relative_to(ours))]
+    head, text = type(error).__name__, str(error).strip()
+    if frames:
+        head += f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+    return f"{head}: {text}" if text else head

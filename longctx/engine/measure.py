@@ -20,6 +20,7 @@ from longctx.engine.device import DTYPES
 from longctx.engine.energy import energy_per_call
 from longctx.engine.flags import global_state, pinned_flags
 from longctx.engine.gate import check_block
+from longctx.engine.importing import in_words
 from longctx.engine.loading import LoadedBlock, load_block
 from longctx.engine.memory import Resting, measure_memory, resting, settle
 from longctx.engine.timing import Emit, Timing, time_call
@@ -301,6 +302,7 @@ def fault_of(error: BaseException) -> dict[str, Any]:
     if isinstance(error, LongctxError):
         message = f"{error.message} ({error.hint})" if error.hint else error.message
         return {"status": "failed", "samples_round": [], "error": {"type": kind, "message": message}}
+    text = in_words(error)
     if isinstance(error, SystemExit):
         text = f"the block ended the program (exit code {error.code})"
     tail = "".join(traceback.format_exception(error)[-4:])

@@ -194,6 +194,7 @@ def test_phases_that_are_not_planned_are_not_done():
         ("OutOfMemory", "oom", "1 TiB"),
         ("HostOutOfMemory", "oom", ""),
         ("NotForThis", "unsupported", "Half"),
+        ("Raising", "failed", "ValueError in blocks_of_mine.py, line"),
         ("Raising", "failed", "what is this"),
         ("Quitting", "failed", "exit code 4"),
         ("WrongShape", "failed", "31"),
