@@ -82,7 +82,7 @@ def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, st
 
 def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
     """The tables of every run, under its label if there are several."""
-    from longctx.terminal.export import markdown_text, to_markdown
+    from longctx.terminal.markdown import markdown_text, to_markdown
     from longctx.terminal.tables import environment_line, one_dtype
 
     parts = []
@@ -139,13 +139,12 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
 
 def _roofline(rows: Sequence[BenchmarkResult], width: int, *, ascii_only: bool) -> Text | None:
     """What the work of each block needs at least on the machine that measured it, if that is known."""
-    from longctx.analysis.roofline import longest_points
-    from longctx.terminal.roofline import roofline_table
+    from longctx.terminal.roofline import ROOFLINE_HEAD, has_roof, roofline_table
 
-    if not any(point.fraction for point in longest_points(rows)):
+    if not has_roof(rows):
         return None
-    title = "Roofline at the longest length: what the work needs at least, and the part of it reached"
-    return _headed(title if width > len(title) else "Roofline", roofline_table(rows, width, ascii_only=ascii_only))
+    title = ROOFLINE_HEAD if width > len(ROOFLINE_HEAD) else "Roofline"
+    return _headed(title, roofline_table(rows, width, ascii_only=ascii_only))
 
 
 def _of_limits(rows: Sequence[BenchmarkResult]) -> bool:

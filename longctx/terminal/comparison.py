@@ -13,8 +13,8 @@ from longctx.analysis.matching import Pool
 from longctx.analysis.settle import settling
 from longctx.results import jsonable
 from longctx.terminal import format as fmt
-from longctx.terminal.export import markdown_table, markdown_text
 from longctx.terminal.layout import Column, layout
+from longctx.terminal.markdown import markdown_table, markdown_text
 from longctx.terminal.tables import WARNING_ADVICE, status_word
 
 if TYPE_CHECKING:

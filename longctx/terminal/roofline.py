@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 ROOF = "▀"
+ROOFLINE_HEAD = "Roofline at the longest length: what the work needs at least, and the part of it reached"
 _ROOF_CODE = 8
 
 
@@ -110,13 +111,11 @@ def _legend(named: dict[str, list[RoofPoint]], unit: Unit, width: int, *, color:
     return packed(entries, width)
 
 
-def roofline_table(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
+def roofline_columns(results: Sequence[BenchmarkResult]) -> list[Column]:
     """Every block at its longest length: intensity, rate, least time that its work needs here, part of it reached."""
-    from rich.text import Text
-
     points = longest_points(results)
     if not points:
-        return Text()
+        return []
     unit = fmt.column_unit((point.rate for point in points), FLOP_RATES)
     columns = [
         Column(header="block", cells=[fmt.plain(p.name) for p in points], right=False, flexible=True),
@@ -127,5 +126,17 @@ def roofline_table(results: Sequence[BenchmarkResult], width: int, *, ascii_only
         Column(header="least time", cells=[fmt.duration(p.least_s) for p in points], keep=2),
         Column(header="of the roof", cells=[fmt.percent(p.fraction) for p in points]),
     ]
-    columns = [c for c in columns if c.keep is None or set(c.cells) != {fmt.NONE}]
-    return layout(columns, width, ascii_only=ascii_only)
+    return [c for c in columns if c.keep is None or set(c.cells) != {fmt.NONE}]
+
+
+def has_roof(results: Sequence[BenchmarkResult]) -> bool:
+    """Whether what the machine can reach is known of any row."""
+    return any(point.fraction for point in longest_points(results))
+
+
+def roofline_table(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
+    """The same as a table."""
+    from rich.text import Text
+
+    columns = roofline_columns(results)
+    return layout(columns, width, ascii_only=ascii_only) if columns else Text()

@@ -387,6 +387,8 @@ def test_report_has_the_least_time_of_the_work(longctx, tmp_path, columns):
     assert "of the roof" in out and "25.0%" in out and max(map(len, out.splitlines())) <= columns
     line = next(csv.DictReader(io.StringIO(longctx("report", tmp_path / "x.json", "--csv")[1])))
     assert float(line["roofline_fraction"]) == 0.25 and float(line["flops"]) == 7e6 * 1024
+    pasted = longctx("report", tmp_path / "x.json", "--markdown")[1]
+    assert "| block | tokens | FLOP/byte |" in pasted and "| 25.0% |" in pasted and "Roofline at the longest" in pasted
 
 
 def test_watching_needs_a_terminal_and_one_file(longctx, saved, tmp_path):

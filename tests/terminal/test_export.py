@@ -5,7 +5,8 @@ import io
 import json
 
 from longctx.results import BenchmarkResult
-from longctx.terminal.export import document, to_csv, to_markdown
+from longctx.terminal.export import document, to_csv
+from longctx.terminal.markdown import to_markdown
 
 
 def row(name, length, time_s=None, **fields):
