@@ -27,13 +27,15 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
+from longctx.ops.key_values import project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 try:
+    from longctx.ops import dual_path as dual
     from longctx.ops import gated_mix_kernel as fused
     from longctx.ops.diagonal_scan_kernel import scan_kernel
 except ImportError:  # a torch without Triton
-    fused = None
+    dual = fused = None
 
 
 @dataclass(eq=False)
@@ -163,6 +165,13 @@ class DPASSMBlock(PreNormBlock):
         grads = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
         if not grads and self._fuses(u, state):
             return self._mix_fused(u, state, keep_state)
+        if grads and dual is not None and not torch.is_autocast_enabled(u.device.type):
+            kv, s = (None, None) if state is None else (state.kv if state.kv.shape[1] else None, state.s)
+            weights = self._mixer_weights
+            if dual.fits(u, weights, self.n_heads, kv):
+                how = {"kv": kv, "s": s, "dropout_p": self.dropout if self.training else 0.0, "carry": keep_state}
+                mixed, s, kv = dual.dual_path(u, weights, self.n_heads, self.window_size, **how)
+                return mixed, DPASSMState(s=s, kv=kv) if keep_state else None
         if state is None:
             state = self.init_state(batch)
         decay = torch.tanh(self.ssm_decay.to(scan_dtype(self.ssm_decay.dtype)))
@@ -174,6 +183,13 @@ class DPASSMBlock(PreNormBlock):
         attended, state = self._attend_in_place(u, state, s_end, keep_state)
         gate = self.gate_proj(u).sigmoid_()
         return torch.lerp(recurrent, self.out_proj(attended), gate, out=gate), state
+
+    @property
+    def _mixer_weights(self) -> tuple[Tensor, ...]:
+        """What `dual_path` takes."""
+        gate, enter, out = self.gate_proj, self.ssm_in, self.out_proj
+        pairs = (gate.weight, gate.bias, enter.weight, enter.bias)
+        return self.qkv_proj.weight, *pairs, self.ssm_decay, self.ssm_out.weight, out.weight, out.bias
 
     def _fuses(self, u: Tensor, state: DPASSMState | None) -> bool:
         """Whether kernels that read all projections out of one product do this slab: not for a few tokens behind
@@ -194,15 +210,12 @@ class DPASSMBlock(PreNormBlock):
         halo, start = (0, None) if state is None else (state.kv.shape[1], state.s)
         weight = torch.cat([self.qkv_proj.weight, self.gate_proj.weight, self.ssm_in.weight])
         parts = [width, self._kv_width, width, self.state_dim]
-        rows = u.new_empty(batch, (halo if batch == 1 else 0) + tokens, weight.shape[0])
-        present = rows[:, rows.shape[1] - tokens :]
-        torch.mm(u.reshape(-1, width), weight.t(), out=present.view(-1, weight.shape[0]))
-        q, kv, gate, entering = present.split(parts, dim=-1)
-        if halo and batch == 1:
-            kv = rows[..., width : width + self._kv_width]
+        rows = u.new_empty(batch, halo + tokens, weight.shape[0])
+        project_into(u, weight, out=rows[:, halo:])
+        q, _, gate, entering = rows[:, halo:].split(parts, dim=-1)
+        kv = rows[..., width : width + self._kv_width]
+        if halo:
             kv[:, :halo] = state.kv
-        elif halo:
-            kv = torch.cat([state.kv, kv], dim=1)
         s, s_end = scan_kernel(entering, self.ssm_decay, start, dtype=u.dtype, bias=self.ssm_in.bias, tanh=True)
         attended = self.out_proj(self._window(q, kv))
         fused.project_and_mix(attended, gate, self.gate_proj.bias, s, self.ssm_out.weight, out=attended)
@@ -235,15 +248,11 @@ class DPASSMBlock(PreNormBlock):
             kv, tape = self._append(state, new)
             kept = DPASSMState(s=s_end, kv=self._last(kv), tape=tape, end=tape.used) if keep_state else None
             return self._window(q, kv), kept
-        if u.shape[0] == 1:
-            weight = self.qkv_proj.weight
-            rows = u.new_empty(1, halo + tokens, weight.shape[0])
-            rows[:, :halo, self.d_model :] = state.kv
-            torch.mm(u[0], weight.t(), out=rows[0, halo:])
-            q, kv = rows[:, halo:, : self.d_model], rows[..., self.d_model :]
-        else:
-            q, new = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
-            kv = torch.cat([state.kv, new], dim=1)
+        weight = self.qkv_proj.weight
+        rows = u.new_empty(u.shape[0], halo + tokens, weight.shape[0])
+        q, kv = rows[:, halo:, : self.d_model], rows[..., self.d_model :]
+        kv[:, :halo] = state.kv
+        project_into(u, weight, out=rows[:, halo:])
         kept = DPASSMState(s=s_end, kv=self._last(kv).clone()) if keep_state else None
         return self._window(q, kv), kept
 
