@@ -18,7 +18,7 @@ SLOW_S = 1.0
 
 SHORT_CALL_S = 5e-3
 
-OUTSTANDING = 50
+OUTSTANDING = 400
 BATCH_S = 0.25
 """A batch of CUDA samples is at most this many samples, and at most about this long, between synchronisations."""
 

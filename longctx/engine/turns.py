@@ -15,7 +15,7 @@ from typing import Any
 from longctx.analysis.statistics import relative_half_width
 from longctx.config import BenchmarkConfig
 
-MIN_SAMPLE_S = {"cpu": 1e-3, "cuda": 50e-6}
+MIN_SAMPLE_S = {"cpu": 1e-3, "cuda": 10e-6}
 """Shorter than in other sweeps: what falls on one call should spoil that one alone, and in a sample of several calls
 the output of one is still there when the next asks for memory, at a price that differs from process to process."""
 

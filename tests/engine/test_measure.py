@@ -127,7 +127,7 @@ class Learning(nn.Module):
 def brief_warmup(monkeypatch):
     monkeypatch.setattr(timing, "MIN_WARM_S", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(timing, "MAX_WARM_S", {"cpu": 0.02, "cuda": 0.02})
-    monkeypatch.setattr(timing, "MIN_SAMPLE_S", {"cpu": 1e-4, "cuda": 50e-6})
+    monkeypatch.setattr(timing, "MIN_SAMPLE_S", {"cpu": 1e-4, "cuda": 10e-6})
 
 
 @pytest.fixture

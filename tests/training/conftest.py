@@ -16,7 +16,7 @@ from longctx.training import BenchmarkConfig
 def brief_measurements(monkeypatch):
     monkeypatch.setattr(timing, "MIN_WARM_S", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(timing, "MAX_WARM_S", {"cpu": 0.01, "cuda": 0.01})
-    monkeypatch.setattr(timing, "MIN_SAMPLE_S", {"cpu": 1e-5, "cuda": 50e-6})
+    monkeypatch.setattr(timing, "MIN_SAMPLE_S", {"cpu": 1e-5, "cuda": 10e-6})
     # Threads that wait for each other on a busy machine take longer than all of the work.
     torch.set_num_threads(1)
 
