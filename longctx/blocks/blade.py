@@ -40,7 +40,7 @@ from longctx.ops.blade_chain import (
 )
 from longctx.ops.blade_graph import ChainGraphs, kernels_fit
 from longctx.ops.blade_training import GPU_SLAB_TOKENS, whole_chunks
-from longctx.ops.blade_training_graph import TrainingSlabs
+from longctx.ops.blade_training_graph import TrainingGraphs
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
@@ -138,7 +138,7 @@ class BLADEBlock(PreNormBlock):
         self.state_proj = nn.Linear(d_model, state_dim, **factory)
         self._graphs = ChainGraphs()
         self._decoder = Decoder(chunk_size, 1, num_global_tokens)
-        self._training_slabs = TrainingSlabs()
+        self._training_graphs = TrainingGraphs()
         if num_global_tokens:
             tokens = torch.empty(num_global_tokens, d_model, **factory)
             self.global_tokens = nn.Parameter(nn.init.normal_(tokens, 0.0, 0.02))
@@ -243,7 +243,7 @@ class BLADEBlock(PreNormBlock):
             pieces.append(y)
         attn_norm = (self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
         weights = self._chain_weights()
-        y, s = whole_chunks(middle, state.s, attn_norm, weights, self.chunk_size, self._training_slabs)
+        y, s = whole_chunks(middle, state.s, attn_norm, weights, self.chunk_size, self._training_graphs)
         pieces.append(y)
         state = self._fresh(s)
         if last.shape[1]:

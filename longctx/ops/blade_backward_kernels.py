@@ -21,7 +21,6 @@ Letters: B batch, C tokens of a chunk, D d_model, H n_heads, G num_kv_heads, K h
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.blade_kernels import MOST_PARTS, Composed, large_tiles_fit
+from longctx.ops.blade_kernels import MOST_PARTS, Composed, large_tiles_fit, padded_states
+from longctx.ops.blade_table import at, rows_at
+from longctx.ops.launch import launch
 
 WIDEN = (64, 128, 8)
 TURN = (64, 64, 128, 4, 3)
@@ -56,14 +57,14 @@ class ComposedBackward:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reverse:
-    """What the reverse chain of some chunks reads and writes.
+class ReverseRows:
+    """What the reverse chain of some chunks reads and writes, all contiguous.
 
     Read: qkv `[count, B, C, E]`, the queries injected; wide `[count, B * C, 4D]`, attended `[count, B, C, D]`, lse
     `[count, B, H, C]` fp32 as kept; rstd `[count, B, C]` fp32 of the norm before W_up; from_dy and along
     `[count, B, C, D]`: dy W_out and n W_out. Overwritten: dwide `[count, B * C, 4D]`, W_down^T dy before and the
-    gradient of wide after; dattended `[count, B, C, D]`; dstates `[count, B, N padded]` fp32, the gradient of the state
-    after each chunk; ds `[B, N]` fp32, of the state after the last chunk before and of that before the first after.
+    gradient of wide after; dattended `[count, B, C, D]`; dstates `[count, B, N]` fp32, the gradient of the state after
+    each chunk.
     """
 
     qkv: Tensor
@@ -76,67 +77,85 @@ class Reverse:
     dwide: Tensor
     dattended: Tensor
     dstates: Tensor
-    ds: Tensor
+
+    @property
+    def entries(self) -> list[Tensor]:
+        """In the order in which the kernels look them up."""
+        kept = [self.qkv, self.wide, self.attended, self.lse, self.rstd, self.from_dy, self.along]
+        return [*kept, self.dwide, self.dattended, self.dstates]
 
 
-def reverse_chain(weights: ComposedBackward, chain: Reverse) -> None:
-    """All chunks, from the last to the first."""
-    composed = weights.composed
-    count, batch, chunk, width = chain.attended.shape
-    heads, groups = composed.heads, composed.groups
-    states, padded = chain.ds.shape[1], chain.dstates.shape[2]
-    head, wide = width // heads, chain.wide.shape[-1]
-    widen_m, widen_n, widen_warps = WIDEN
-    turn_m, turn_n, turn_k, turn_warps, turn_stages = TURN
-    # A tile holds whole heads.
-    turn_n = max(turn_n, head)
-    if not large_tiles_fit(chain.ds.device, head):
-        turn_k = 64
-    attend_m, attend_n, attend_warps, attend_stages = ATTEND
-    widen_grid = (triton.cdiv(chunk, widen_m), wide // widen_n, batch)
-    turn_grid = (triton.cdiv(chunk, turn_m), width // turn_n, batch)
-    attend_grid = (triton.cdiv(chunk, attend_n), heads, batch)
-    first, parts = (grid[0] * grid[1] for grid in (turn_grid, attend_grid))
+QKV, WIDE_ROWS, ATTENDED, LSE, RSTD, FROM_DY, ALONG, DWIDE, DATTENDED, DSTATES = map(tl.constexpr, range(10))
 
-    ds = chain.ds
-    halfway = ds.new_empty(batch, first, padded)
-    partials = ds.new_zeros(batch, parts, padded)
-    gathered = partials if parts <= MOST_PARTS else ds.new_zeros(batch, 1, padded)
-    gathered[:, 0, :states] = ds
-    moments = ds.new_empty(batch, chunk, wide // widen_n, 2)
-    delta = ds.new_empty(batch, chunk, heads)
-    columns = composed.inject.shape[1]
-    with torch.cuda.device(ds.device) if ds.is_cuda else contextlib.nullcontext():
+
+class Backward:
+    """The three kernels for chunks of one shape, and the memory in which they hand each other sums."""
+
+    def __init__(self, weights: ComposedBackward, batch: int, chunk: int) -> None:
+        self.weights, self.batch, self.chunk = weights, batch, chunk
+        composed = weights.composed
+        sums = composed.constant
+        width, wide, heads = composed.values.shape[0], composed.up.shape[0], composed.heads
+        self.head = width // heads
+        self.padded = padded_states(len(sums))
+        turn_m, turn_n, turn_k, *rest = TURN
+        # A tile holds whole heads.
+        turn_n = max(turn_n, self.head)
+        if not large_tiles_fit(sums.device, self.head):
+            turn_k = 64
+        self.turn = (turn_m, turn_n, turn_k, *rest)
+        widen_m, widen_n, _ = WIDEN
+        self.widen_grid = (triton.cdiv(chunk, widen_m), wide // widen_n, batch)
+        self.turn_grid = (triton.cdiv(chunk, turn_m), width // turn_n, batch)
+        self.attend_grid = (triton.cdiv(chunk, ATTEND[1]), heads, batch)
+        self.first, self.parts = (grid[0] * grid[1] for grid in (self.turn_grid, self.attend_grid))
+        self.halfway = sums.new_empty(batch, self.first, self.padded)
+        self.partials = sums.new_zeros(batch, self.parts, self.padded)
+        few = self.parts <= MOST_PARTS
+        self.gathered = self.partials if few else sums.new_zeros(batch, 1, self.padded)
+        self.moments = sums.new_empty(batch, chunk, wide // widen_n, 2)
+        self.delta = sums.new_empty(batch, chunk, heads)
+
+    def run(self, table: Tensor, ds: Tensor, count: int) -> None:
+        """`count` chunks from the last to the first: ds `[B, N]` fp32, gradient of the state behind them, becomes that
+        of the state before."""
+        gathered, states = self.gathered, ds.shape[1]
+        gathered.zero_()
+        gathered[:, 0, :states] = ds
         for index in reversed(range(count)):
-            _widen[widen_grid](
-                chain.wide[index], chain.dwide[index], gathered, composed.state, composed.up_sum, composed.up_shift,
-                moments, chain.dstates[index], chunk, states, 1.0 / chunk,
-                WIDE=wide, PARTS=gathered.shape[1], PAD=padded, M=widen_m, N=widen_n,
-                num_warps=widen_warps,
-            )  # fmt: skip
-            _turn[turn_grid](
-                chain.dwide[index], weights.through, weights.through_sum, weights.pass_mean, composed.values,
-                moments, chain.rstd[index], chain.from_dy[index], chain.along[index], chain.dstates[index],
-                chain.dattended[index], chain.attended[index], delta, halfway, chunk, columns, states, 1.0 / chunk,
-                D=width, HEAD=head, WIDE=wide, TILES=wide // widen_n, PAD_TILES=triton.next_power_of_2(wide // widen_n),
-                PAD=padded, M=turn_m, N=turn_n, K=turn_k,
-                num_warps=turn_warps, num_stages=turn_stages,
-            )  # fmt: skip
-            _attend_backward[attend_grid](
-                chain.qkv[index], chain.dattended[index], chain.lse[index], delta, composed.inject, halfway, partials,
-                chunk, width, chain.qkv.shape[-1], columns, states, first, parts, head**-0.5,
-                GROUP=heads // groups, KV=groups * head, PAD=padded, K=head, M=attend_m, N=attend_n,
-                num_warps=attend_warps, num_stages=attend_stages,
-            )  # fmt: skip
-            if gathered is not partials:
-                torch.sum(partials, 1, keepdim=True, out=gathered)
-    torch.sum(gathered[:, :, :states], 1, out=ds)
+            self._chunk(table, index)
+            if gathered is not self.partials:
+                torch.sum(self.partials, 1, keepdim=True, out=gathered)
+        torch.sum(gathered[:, :, :states], 1, out=ds)
+
+    def _chunk(self, table: Tensor, index: int) -> None:
+        weights, composed, chunk, padded = self.weights, self.weights.composed, self.chunk, self.padded
+        width, wide, states = composed.values.shape[0], composed.up.shape[0], len(composed.constant)
+        rows, columns = composed.inject.shape
+        heads, groups, head = composed.heads, composed.groups, self.head
+        tile_m, tile_n, warps = WIDEN
+        values = (table, self.gathered, composed.state, composed.up_sum, composed.up_shift, self.moments)
+        constants = {"WIDE": wide, "PARTS": self.gathered.shape[1], "PAD": padded, "M": tile_m, "N": tile_n}
+        launch(_widen, self.widen_grid, (*values, index, chunk, states, 1.0 / chunk), constants, num_warps=warps)
+
+        tiles = wide // tile_n
+        constants = {"D": width, "HEAD": head, "WIDE": wide, "TILES": tiles, "PAD_TILES": triton.next_power_of_2(tiles)}
+        tile_m, tile_n, tile_k, warps, stages = self.turn
+        values = (table, weights.through, weights.through_sum, weights.pass_mean, composed.values, self.moments)
+        values = (*values, self.delta, self.halfway, index, chunk, columns, states, 1.0 / chunk)
+        constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k}
+        launch(_turn, self.turn_grid, values, constants, num_warps=warps, num_stages=stages)
+
+        tile_m, tile_n, warps, stages = ATTEND
+        values = (table, self.delta, composed.inject, self.halfway, self.partials, index, chunk, width, rows, columns)
+        values = (*values, states, self.first, self.parts, head**-0.5)
+        constants = {"GROUP": heads // groups, "KV": groups * head, "PAD": padded, "K": head, "M": tile_m, "N": tile_n}
+        launch(_attend_backward, self.attend_grid, values, constants, num_warps=warps, num_stages=stages)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def _widen(
-    wide, dwide, partials, state, up_sum, up_shift, moments, dstates,
-    chunk, states, inverse,
+    table, partials, state, up_sum, up_shift, moments, index, chunk, states, inverse,
     WIDE: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -144,9 +163,11 @@ def _widen(
     there = rows[:, None] < chunk
     channels = tl.arange(0, PAD)
     known = channels < states
-    place = (item.to(tl.int64) * chunk + rows[:, None]) * WIDE + cols[None, :]
-    u = tl.load(wide + place, mask=there, other=0.0).to(tl.float32)
-    given = tl.load(dwide + place, mask=there, other=0.0).to(tl.float32)
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    spots = rows[:, None] * WIDE + cols[None, :]
+    dwide = rows_at(table, DWIDE, state, place * chunk * WIDE) + spots
+    u = tl.load(rows_at(table, WIDE_ROWS, state, place * chunk * WIDE) + spots, mask=there, other=0.0).to(tl.float32)
+    given = tl.load(dwide, mask=there, other=0.0).to(tl.float32)
     w = tl.load(state + channels[:, None] * WIDE + cols[None, :], mask=known[:, None], other=0.0).to(tl.float32)
     sums, shift = tl.load(up_sum + cols), tl.load(up_shift + cols)
     slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
@@ -158,20 +179,20 @@ def _widen(
         block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
     ds = tl.sum(block, 0)
     if (tile_m == 0) & (tile_n == 0):
-        tl.store(dstates + item * PAD + channels, ds)
+        tl.store(at(table, DSTATES, up_sum, place * states) + channels, ds, mask=known)
     added = tl.sum(w * ds[:, None], 0) * inverse
-    grad = (slope * (given + added[None, :])).to(dwide.dtype.element_ty)
-    tl.store(dwide + place, grad, mask=there)
+    grad = (slope * (given + added[None, :])).to(state.dtype.element_ty)
+    tl.store(dwide, grad, mask=there)
     grad = tl.where(there, grad.to(tl.float32), 0.0)
     spot = moments + ((item * chunk + rows) * (WIDE // N) + tile_n) * 2
     tl.store(spot, tl.sum(grad * sums[None, :], 1), mask=rows < chunk)
     tl.store(spot + 1, tl.sum(grad * (u - shift[None, :]), 1), mask=rows < chunk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def _turn(
-    dwide, through, through_sum, pass_mean, values, moments, rstd, from_dy, along, dstates, dattended, out,
-    delta, partials, chunk, columns, states, inverse,
+    table, through, through_sum, pass_mean, values, moments, delta, partials,
+    index, chunk, columns, states, inverse,
     D: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAD_TILES: tl.constexpr,
     PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -180,16 +201,18 @@ def _turn(
     there = rows[:, None] < chunk
     channels = tl.arange(0, PAD)
     known = channels < states
-    place = item.to(tl.int64) * chunk + rows[:, None]
-    bare = tl.load(from_dy + place * D + cols[None, :], mask=there, other=0.0).to(tl.float32)
-    normed = tl.load(along + place * D + cols[None, :], mask=there, other=0.0).to(tl.float32)
-    scale = tl.load(rstd + item * chunk + rows, mask=rows < chunk, other=0.0)
-    o = tl.load(out + place * D + cols[None, :], mask=there, other=0.0)
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    base, spots = place * chunk * D, rows[:, None] * D + cols[None, :]
+    bare = tl.load(rows_at(table, FROM_DY, through, base) + spots, mask=there, other=0.0).to(tl.float32)
+    normed = tl.load(rows_at(table, ALONG, through, base) + spots, mask=there, other=0.0).to(tl.float32)
+    scale = tl.load(at(table, RSTD, through_sum, place * chunk) + rows, mask=rows < chunk, other=0.0)
+    o = tl.load(rows_at(table, ATTENDED, through, base) + spots, mask=there, other=0.0)
+    dwide = rows_at(table, DWIDE, through, place * chunk * WIDE) + rows[:, None] * WIDE
     sums = tl.load(through_sum + cols)
     w = tl.load(pass_mean + channels[:, None] * D + cols[None, :], mask=known[:, None], other=0.0).to(tl.float32)
     back = tl.load(values + cols[:, None] * columns + channels[None, :], mask=known[None, :], other=0.0)
 
-    ds = tl.load(dstates + item * PAD + channels)
+    ds = tl.load(at(table, DSTATES, through_sum, place * states) + channels, mask=known, other=0.0)
     bare += (tl.sum(w * ds[:, None], 0) * inverse)[None, :]
     pieces = tl.arange(0, PAD_TILES)
     counted = there & (pieces < TILES)[None, :]
@@ -199,26 +222,25 @@ def _turn(
     acc = tl.zeros((M, N), tl.float32)
     for start in range(0, WIDE, K):
         inner = start + tl.arange(0, K)
-        a = tl.load(dwide + place * WIDE + inner[None, :], mask=there, other=0.0)
+        a = tl.load(dwide + inner[None, :], mask=there, other=0.0)
         b = tl.load(through + inner[:, None] * D + cols[None, :])
         acc = tl.dot(a, b, acc)
     acc = bare + scale[:, None] * (acc - mean[:, None] * sums[None, :] - part_along[:, None] * normed)
-    grad = acc.to(dattended.dtype.element_ty)
-    tl.store(dattended + place * D + cols[None, :], grad, mask=there)
+    grad = acc.to(through.dtype.element_ty)
+    tl.store(rows_at(table, DATTENDED, through, base) + spots, grad, mask=there)
     HEADS: tl.constexpr = N // HEAD
     head = tile_n * HEADS + tl.arange(0, HEADS)
     by_head = tl.sum(tl.reshape(grad.to(tl.float32) * o.to(tl.float32), (M, HEADS, HEAD)), 2)
-    tl.store(delta + place * (D // HEAD) + head[None, :], by_head, mask=there)
+    tl.store(delta + (item * chunk + rows[:, None]) * (D // HEAD) + head[None, :], by_head, mask=there)
     total = tl.sum(tl.where(there, grad.to(tl.float32), 0.0), 0)
     part = tl.sum(back.to(tl.float32) * total[:, None], 0)
     tiles = tl.num_programs(0) * (D // N)
     tl.store(partials + (item * tiles + tile_m * (D // N) + tile_n) * PAD + channels, part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def _attend_backward(
-    qkv, grad, lse, deltas, inject, halfway, partials,
-    chunk, width, row, columns, states, first, parts, scale,
+    table, deltas, inject, halfway, partials, index, chunk, width, row, columns, states, first, parts, scale,
     GROUP: tl.constexpr, KV: tl.constexpr, PAD: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +249,10 @@ def _attend_backward(
     channels = tl.arange(0, PAD)
     known = channels < states
     lanes = tl.arange(0, K)
-    base = qkv + item.to(tl.int64) * chunk * row
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    base = rows_at(table, QKV, inject, place * chunk * row)
+    grad = rows_at(table, DATTENDED, inject, place * chunk * width) + head * K
+    lse = at(table, LSE, deltas, (place * tl.num_programs(1) + head) * chunk)
     cols = tile * N + tl.arange(0, N)
     inside = cols[:, None] < chunk
     keys = base + width + (head // GROUP) * K + cols[:, None] * row + lanes[None, :]
@@ -246,9 +271,8 @@ def _attend_backward(
         rows = start + tl.arange(0, M)
         there = rows[:, None] < chunk
         q = tl.load(base + rows[:, None] * row + head * K + lanes[None, :], mask=there, other=0.0)
-        place = (item.to(tl.int64) * chunk + rows[:, None]) * width + head * K + lanes[None, :]
-        da = tl.load(grad + place, mask=there, other=0.0)
-        top = tl.load(lse + (item * tl.num_programs(1) + head) * chunk + rows, mask=rows < chunk, other=0.0)
+        da = tl.load(grad + rows[:, None] * width + lanes[None, :], mask=there, other=0.0)
+        top = tl.load(lse + rows, mask=rows < chunk, other=0.0)
         spot = (item * chunk + rows) * tl.num_programs(1) + head
         delta = tl.load(deltas + spot, mask=rows < chunk, other=0.0)
         scores = tl.dot(k, tl.trans(q)) * (scale * 1.4426950408889634) - top[None, :] * 1.4426950408889634

@@ -15,6 +15,7 @@ Letters: B batch, n tokens of a chunk, S keys, D d_model, H n_heads, G num_kv_he
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,19 +53,19 @@ class ChainWeights:
         rest = (self.qkv,) if self.global_tokens is None else (self.qkv, self.global_tokens)
         return [*(tensor for pair in pairs for tensor in pair), *rest]
 
-    def to(self, dtype: torch.dtype) -> ChainWeights:
-        """The same in another dtype."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> ChainWeights:
+        """The same with every parameter changed."""
 
         def both(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return pair[0].to(dtype), pair[1].to(dtype)
+            return change(pair[0]), change(pair[1])
 
         names = ("inject", "out", "up", "down", "state")
         return dataclasses.replace(
             self,
             **{name: both(getattr(self, name)) for name in names},
-            qkv=self.qkv.to(dtype),
+            qkv=change(self.qkv),
             norm=(*both(self.norm[:2]), self.norm[2]),
-            global_tokens=None if self.global_tokens is None else self.global_tokens.to(dtype),
+            global_tokens=None if self.global_tokens is None else change(self.global_tokens),
         )
 
     def injection(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

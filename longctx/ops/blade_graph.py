@@ -24,8 +24,9 @@ from longctx.ops.cuda_graphs import capture
 
 try:
     from longctx.ops import blade_kernels as kernels
+    from longctx.ops import blade_table
 except ImportError:  # a torch without Triton: the chain is then made of torch's own kernels
-    kernels = None
+    kernels = blade_table = None
 
 MOST_GRAPHS = 16
 """Graphs of a block that are kept. Chunks are taken by 16, 8, 4, 2 and 1, so that one batch size needs up to six."""
@@ -34,12 +35,18 @@ MOST_GRAPHS = 16
 @dataclass(kw_only=True, eq=False)
 class Slab:
     """Buffers of some whole chunks: residual `[count, B, C, D]`, qkv `[count, B, C, E]`, hidden `[count, B * C, 4D]`,
-    s `[B, N]`. The chain reads x from residual and leaves the sum with the mixer there."""
+    s `[B, N]`. The chain reads x from residual and leaves the sum with the mixer there.
+
+    attended `[B, C, D]`, states `[B, N]` and table: what the fused kernels need besides.
+    """
 
     residual: Tensor
     qkv: Tensor
     hidden: Tensor
     s: Tensor
+    attended: Tensor
+    states: Tensor
+    table: Tensor | None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -145,7 +152,8 @@ class Prepared:
 
     def _run(self, slab: Slab) -> None:
         if self.composed is not None:
-            kernels.fused_chain(self.composed, slab.residual, slab.qkv, slab.hidden, slab.s)
+            count, batch, chunk, _ = slab.residual.shape
+            kernels.Forward(self.composed, batch, chunk).run(slab.table, slab.s, count)
             return
         x = slab.residual
         slab.s.copy_(chain(self.weights, x, slab.qkv, slab.s, residual=x, hidden=slab.hidden))
@@ -160,12 +168,17 @@ def _new_slab(weights: ChainWeights, count: int, batch: int, chunk: int) -> Slab
     like = weights.qkv
     rows, width = like.shape
     # Zeros, not whatever lay there: the run before the capture goes over them.
-    return Slab(
-        residual=like.new_zeros(count, batch, chunk, width),
-        qkv=like.new_zeros(count, batch, chunk, rows),
-        hidden=like.new_empty(count, batch * chunk, weights.up[0].shape[0]),
-        s=like.new_zeros(batch, weights.inject[0].shape[1], dtype=sum_dtype(like.dtype)),
-    )
+    residual, qkv = like.new_zeros(count, batch, chunk, width), like.new_zeros(count, batch, chunk, rows)
+    hidden, attended = like.new_empty(count, batch * chunk, weights.up[0].shape[0]), torch.empty_like(residual[0])
+    s = like.new_zeros(batch, weights.inject[0].shape[1], dtype=sum_dtype(like.dtype))
+    states, table = torch.empty_like(s), None
+    if kernels_fit(weights):
+        table = blade_table.new_table(like.device)
+        taken = kernels.Rows(
+            x=residual, residual=residual, qkv=qkv, hidden=hidden, attended=attended, states=states, lse=s, wide=hidden
+        )
+        blade_table.point(table, taken.entries)
+    return Slab(residual=residual, qkv=qkv, hidden=hidden, s=s, attended=attended, states=states, table=table)
 
 
 def _fp32_products() -> Any:

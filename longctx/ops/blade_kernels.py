@@ -16,7 +16,6 @@ Letters: B batch, C tokens of a chunk, D d_model, H n_heads, G num_kv_heads, K h
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from longctx.ops.blade_table import at, rows_at
+from longctx.ops.launch import launch
 
 if TYPE_CHECKING:
     from longctx.ops.blade_chain import ChainWeights
@@ -66,21 +68,18 @@ class Composed:
     inject `[E, N + 1 or more]`: W_qkv [W_inject, b_inject]. values `[D, the same]`: its part of the values, for each
     query head. pass_on `[D, the same]`: W_out applied to that. up `[4D, D]`: W_up with the norm's gain. up_sum and
     up_shift `[4D]`, fp32: its row sums; W_up applied to the norm's bias, and b_up. state `[N, 4D]`: W_state W_down.
-    constant `[N]`, fp32: W_state b_down + b_state. plain: W_out, b_out and W_state as they are; with copies=True copies
-    of them, so that nothing that is read lies where the parameters do.
+    constant `[N]`, fp32: W_state b_down + b_state. plain: W_out, b_out and W_state as they are.
     """
 
-    def __init__(self, weights: ChainWeights, *, copies: bool = False) -> None:
+    def __init__(self, weights: ChainWeights) -> None:
         qkv = weights.qkv
         rows, width = qkv.shape
         states = weights.inject[0].shape[1]
-        columns = (states + 8) // 8 * 8
-        self.weights: ChainWeights | None = weights
+        # Of rows that are multiples of 16, 16 bytes are read at a time.
+        columns = (states + 16) // 16 * 16
+        self.weights = weights
         self.heads, self.groups, self.eps = weights.n_heads, weights.num_kv_heads, weights.norm[2]
         self.plain = (*weights.out, weights.state[0])
-        self.copies = copies
-        if copies:
-            self.plain = tuple(torch.empty_like(tensor) for tensor in self.plain)
         self.augmented = qkv.new_zeros(width, columns)
         self.inject = qkv.new_empty(rows, columns)
         self.values = qkv.new_empty(width, columns)
@@ -93,9 +92,6 @@ class Composed:
     def compose(self) -> None:
         weights = self.weights
         states = weights.inject[0].shape[1]
-        if self.copies:
-            for copy, tensor in zip(self.plain, (*weights.out, weights.state[0]), strict=True):
-                copy.copy_(tensor)
         self.augmented[:, :states] = weights.inject[0]
         self.augmented[:, states] = weights.inject[1]
         torch.mm(weights.qkv, self.augmented, out=self.inject)
@@ -116,92 +112,114 @@ class Composed:
         self.constant.copy_(torch.addmv(weights.state[1], weights.state[0], weights.down[1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What training keeps of a chain beside its residual: wide `[count, B * C, 4D]`, the hidden rows before GELU,
-    attended `[count, B, C, D]` without what the injection adds to it, its log-sum-exp `[count, B, H, C]` and the states
-    `[count, B, N padded]` at the start of each chunk, both in fp32."""
-
-    wide: Tensor
-    attended: Tensor
-    lse: Tensor
-    states: Tensor
-
-
 def padded_states(states: int) -> int:
     """Channels of a state as the kernels hold it."""
     return max(16, triton.next_power_of_2(states))
 
 
-def fused_chain(
-    composed: Composed,
-    residual: Tensor,
-    qkv: Tensor,
-    hidden: Tensor,
-    s: Tensor,
-    *,
-    kept: Kept | None = None,
-    tiles: Tiles | None = None,
-) -> None:
-    """All chunks of a slab: qkv `[count, B, C, E]` and s `[B, N]` fp32 are read, residual `[count, B, C, D]` holds x.
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the forward chain of some chunks reads and writes, all contiguous.
 
-    Overwrites residual (x + mixer), hidden `[count, B * C, 4D]` (after GELU), s (after the last chunk), and kept.
+    Read: x `[count, B, C, D]` and qkv `[count, B, C, E]`. Overwritten: residual, like x (it may be x), the sum with the
+    mixer; hidden `[count, B * C, 4D]`, rows after GELU; attended `[B, C, D]`, without what the injection adds to it;
+    states `[B, N]` fp32, at the start of a chunk. lse and wide may be anything.
+
+    Where rows are kept for a backward pass, attended and states have room for each chunk; overwritten are also the
+    queries in qkv, with the injected ones, lse `[count, B, H, C]` fp32, log-sum-exp of the scores, and wide, like
+    hidden, rows before GELU.
     """
-    count, batch, chunk, width = residual.shape
-    heads, groups = composed.heads, composed.groups
-    states, head = s.shape[1], width // heads
-    wide = hidden.shape[-1]
-    padded = padded_states(states)
-    tiles = tiles or (LARGE if large_tiles_fit(residual.device, head) else Tiles())
-    attend_m, attend_n, attend_warps, attend_stages = tiles.attend
-    project_m, project_n, project_k, project_warps, project_stages = tiles.project
-    expand_m, expand_n, expand_k, expand_warps, expand_stages = tiles.expand
-    expand_k = expand_k if width % expand_k == 0 else 64
-    project_grid = (triton.cdiv(chunk, project_m), width // project_n, batch)
-    expand_grid = (triton.cdiv(chunk, expand_m), wide // expand_n, batch)
-    attend_grid = (triton.cdiv(chunk, attend_m), heads, batch)
-    first, parts = (grid[0] * grid[1] for grid in (project_grid, expand_grid))
 
-    halfway = s.new_empty(batch, first, padded)
-    partials = s.new_zeros(batch, parts, padded)
-    gathered = partials if parts <= MOST_PARTS else s.new_zeros(batch, 1, padded)
-    torch.sub(s, composed.constant, out=gathered[:, 0, :states])
-    present = [s.new_empty(batch, padded)] * count if kept is None else kept.states
-    attended = [residual.new_empty(batch, chunk, width)] * count if kept is None else kept.attended
-    # Where nothing is kept, nothing is written to what stands for it.
-    lse, wide_rows = ([s] * count, hidden) if kept is None else (kept.lse, kept.wide)
-    out_w, out_b, state_w = composed.plain
-    stats = s.new_empty(batch, chunk, width // project_n, 2)
-    columns = composed.inject.shape[1]
-    # On a CPU under Triton's interpreter, which tests use.
-    with torch.cuda.device(residual.device) if residual.is_cuda else contextlib.nullcontext():
+    x: Tensor
+    residual: Tensor
+    qkv: Tensor
+    hidden: Tensor
+    attended: Tensor
+    states: Tensor
+    lse: Tensor
+    wide: Tensor
+
+    @property
+    def entries(self) -> list[Tensor]:
+        """In the order in which the kernels look them up."""
+        return [self.x, self.residual, self.qkv, self.hidden, self.attended, self.states, self.lse, self.wide]
+
+
+INPUT, RESIDUAL, QKV, HIDDEN, ATTENDED, STATES, LSE, WIDE_ROWS = map(tl.constexpr, range(8))
+
+
+class Forward:
+    """The three kernels for chunks of one shape, and the memory in which they hand each other sums."""
+
+    def __init__(
+        self, composed: Composed, batch: int, chunk: int, *, kept: bool = False, tiles: Tiles | None = None
+    ) -> None:
+        self.composed, self.batch, self.chunk, self.kept = composed, batch, chunk, kept
+        sums = composed.constant
+        width, wide, states = composed.values.shape[0], composed.up.shape[0], len(sums)
+        self.padded = padded_states(states)
+        head = width // composed.heads
+        self.tiles = tiles or (LARGE if large_tiles_fit(sums.device, head) else Tiles())
+        project_m, project_n, *_ = self.tiles.project
+        expand_m, expand_n, *_ = self.tiles.expand
+        self.attend_grid = (triton.cdiv(chunk, self.tiles.attend[0]), composed.heads, batch)
+        self.project_grid = (triton.cdiv(chunk, project_m), width // project_n, batch)
+        self.expand_grid = (triton.cdiv(chunk, expand_m), wide // expand_n, batch)
+        self.first, self.parts = (grid[0] * grid[1] for grid in (self.project_grid, self.expand_grid))
+        self.halfway = sums.new_empty(batch, self.first, self.padded)
+        self.partials = sums.new_zeros(batch, self.parts, self.padded)
+        few = self.parts <= MOST_PARTS
+        self.gathered = self.partials if few else sums.new_zeros(batch, 1, self.padded)
+        self.stats = sums.new_empty(batch, chunk, width // project_n, 2)
+
+    def run(self, table: Tensor, s: Tensor, count: int) -> None:
+        """`count` chunks, with rows where the table says; s `[B, N]` fp32 before the first becomes s after them."""
+        composed, gathered = self.composed, self.gathered
+        states = s.shape[1]
+        gathered.zero_()
+        torch.sub(s, composed.constant, out=gathered[:, 0, :states])
         for index in range(count):
-            _attend[attend_grid](
-                qkv[index], attended[index], lse[index], gathered, composed.constant, composed.inject, present[index],
-                chunk, width, qkv.shape[-1], columns, states, head**-0.5 * 1.4426950408889634,
-                GROUP=heads // groups, KV=groups * head, PARTS=gathered.shape[1], PAD=padded,
-                K=head, M=attend_m, N=attend_n, KEEP=kept is not None,
-                num_warps=attend_warps, num_stages=attend_stages,
-            )  # fmt: skip
-            _project[project_grid](
-                attended[index], out_w, out_b, composed.pass_on, present[index], state_w,
-                residual[index], stats, halfway, chunk, columns, states, 1.0 / chunk,
-                D=width, PAD=padded, M=project_m, N=project_n, K=project_k,
-                num_warps=project_warps, num_stages=project_stages,
-            )  # fmt: skip
-            _expand[expand_grid](
-                residual[index], stats, composed.up, composed.up_sum, composed.up_shift, composed.state,
-                hidden[index], wide_rows[index], halfway, partials,
-                chunk, states, first, parts, 1.0 / chunk, composed.eps,
-                D=width, WIDE=wide, TILE=project_n, TILES=width // project_n,
-                PAD_TILES=triton.next_power_of_2(width // project_n), PAD=padded,
-                M=expand_m, N=expand_n, K=expand_k, KEEP=kept is not None,
-                num_warps=expand_warps, num_stages=expand_stages,
-            )  # fmt: skip
-            if gathered is not partials:
-                torch.sum(partials, 1, keepdim=True, out=gathered)
-    torch.sum(gathered[:, :, :states], 1, out=s)
-    s.add_(composed.constant)
+            self._chunk(table, index)
+            if gathered is not self.partials:
+                torch.sum(self.partials, 1, keepdim=True, out=gathered)
+        torch.sum(gathered[:, :, :states], 1, out=s)
+        s.add_(composed.constant)
+
+    def _chunk(self, table: Tensor, index: int) -> None:
+        composed, chunk, padded, kept = self.composed, self.chunk, self.padded, self.kept
+        width, wide, states = composed.values.shape[0], composed.up.shape[0], len(composed.constant)
+        rows, columns = composed.inject.shape
+        heads, groups = composed.heads, composed.groups
+        head = width // heads
+        out_w, out_b, state_w = composed.plain
+        tile_m, tile_n, warps, stages = self.tiles.attend
+        values = (table, self.gathered, composed.constant, composed.inject, index, chunk, width, rows, columns, states)
+        constants = {"GROUP": heads // groups, "KV": groups * head, "PARTS": self.gathered.shape[1], "PAD": padded}
+        constants |= {"K": head, "M": tile_m, "N": tile_n, "KEEP": kept}
+        scale = head**-0.5 * 1.4426950408889634
+        launch(_attend, self.attend_grid, (*values, scale), constants, num_warps=warps, num_stages=stages)
+
+        tile_m, tile_n, tile_k, warps, stages = self.tiles.project
+        values = (table, out_w, out_b, composed.pass_on, state_w, self.stats, self.halfway)
+        values = (*values, index, chunk, columns, states, 1.0 / chunk)
+        constants = {"D": width, "PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept}
+        launch(_project, self.project_grid, values, constants, num_warps=warps, num_stages=stages)
+
+        tiles = width // tile_n
+        constants = {
+            "D": width,
+            "WIDE": wide,
+            "TILE": tile_n,
+            "TILES": tiles,
+            "PAD_TILES": triton.next_power_of_2(tiles),
+        }
+        tile_m, tile_n, tile_k, warps, stages = self.tiles.expand
+        tile_k = tile_k if width % tile_k == 0 else 64
+        values = (table, self.stats, composed.up, composed.up_sum, composed.up_shift, composed.state)
+        values = (*values, self.halfway, self.partials, index, chunk, states, self.first, self.parts)
+        values = (*values, 1.0 / chunk, composed.eps)
+        constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept}
+        launch(_expand, self.expand_grid, values, constants, num_warps=warps, num_stages=stages)
 
 
 def large_tiles_fit(device: torch.device, head: int) -> bool:
@@ -211,10 +229,9 @@ def large_tiles_fit(device: torch.device, head: int) -> bool:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 160 << 10
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def _attend(
-    qkv, out, lse, partials, constant, inject, present,
-    chunk, width, row, columns, states, scale,
+    table, partials, constant, inject, index, chunk, width, row, columns, states, scale,
     GROUP: tl.constexpr, KV: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +244,10 @@ def _attend(
     mine = (head * K + lanes) * columns
     injected = tl.load(inject + mine[:, None] + channels[None, :], mask=known[None, :], other=0.0)
     bias = tl.load(inject + mine + states).to(tl.float32)
-    base = qkv + item.to(tl.int64) * chunk * row
+    # Of what is kept, each chunk has its own; the rest lies where the chunk before had it.
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    own = place if KEEP else item.to(tl.int64)
+    base = rows_at(table, QKV, inject, place * chunk * row)
     rows = tile * M + tl.arange(0, M)
     there = rows[:, None] < chunk
     q = tl.load(base + rows[:, None] * row + head * K + lanes[None, :], mask=there, other=0.0)
@@ -239,9 +259,11 @@ def _attend(
         block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
     s = tl.sum(block, 0) + tl.load(constant + channels, mask=known, other=0.0)
     if (tile == 0) & (head == 0):
-        tl.store(present + item * PAD + channels, s)
+        tl.store(at(table, STATES, constant, own * states) + channels, s, mask=known)
     shift = tl.sum(injected.to(tl.float32) * s[None, :], 1) + bias
-    q = (q.to(tl.float32) + shift[None, :]).to(qkv.dtype.element_ty)
+    q = (q.to(tl.float32) + shift[None, :]).to(inject.dtype.element_ty)
+    if KEEP:
+        tl.store(base + rows[:, None] * row + head * K + lanes[None, :], q, mask=there)
     keys = base + width + (head // GROUP) * K
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -260,40 +282,42 @@ def _attend(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         top = higher
     acc = acc / total[:, None]
-    target = out + (item.to(tl.int64) * chunk + rows[:, None]) * width + head * K + lanes[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=there)
+    target = rows_at(table, ATTENDED, inject, own * chunk * width) + rows[:, None] * width + head * K + lanes[None, :]
+    tl.store(target, acc.to(inject.dtype.element_ty), mask=there)
     if KEEP:
-        place = (item * tl.num_programs(1) + head) * chunk + rows
-        tl.store(lse + place, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < chunk)
+        lse = at(table, LSE, constant, (place * tl.num_programs(1) + head) * chunk)
+        tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < chunk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def _project(
-    attended, weight, bias, pass_on, present, state, residual, stats, partials,
-    chunk, columns, states, inverse,
-    D: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    table, weight, bias, pass_on, state, stats, partials, index, chunk, columns, states, inverse,
+    D: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * M + tl.arange(0, M), tile_n * N + tl.arange(0, N)
     there = rows[:, None] < chunk
     channels = tl.arange(0, PAD)
     known = channels < states
-    place = (item.to(tl.int64) * chunk + rows[:, None]) * D
-    x = tl.load(residual + place + cols[None, :], mask=there, other=0.0).to(tl.float32)
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    own = place if KEEP else item.to(tl.int64)
+    spots = rows[:, None] * D + cols[None, :]
+    x = tl.load(rows_at(table, INPUT, weight, place * chunk * D) + spots, mask=there, other=0.0).to(tl.float32)
+    attended = rows_at(table, ATTENDED, weight, own * chunk * D) + rows[:, None] * D
     through = tl.load(pass_on + cols[:, None] * columns + channels[None, :], mask=known[None, :], other=0.0)
     fixed = tl.load(bias + cols).to(tl.float32) + tl.load(pass_on + cols * columns + states).to(tl.float32)
     w = tl.load(state + channels[:, None] * D + cols[None, :], mask=known[:, None], other=0.0)
 
-    s = tl.load(present + item * PAD + channels)
+    s = tl.load(at(table, STATES, stats, own * states) + channels, mask=known, other=0.0)
     shift = tl.sum(through.to(tl.float32) * s[None, :], 1) + fixed
     acc = x + shift[None, :]
     for start in range(0, D, K):
         inner = start + tl.arange(0, K)
-        a = tl.load(attended + place + inner[None, :], mask=there, other=0.0)
+        a = tl.load(attended + inner[None, :], mask=there, other=0.0)
         b = tl.load(weight + cols[:, None] * D + inner[None, :])
         acc = tl.dot(a, tl.trans(b), acc)
-    r = acc.to(residual.dtype.element_ty)
-    tl.store(residual + place + cols[None, :], r, mask=there)
+    r = acc.to(weight.dtype.element_ty)
+    tl.store(rows_at(table, RESIDUAL, weight, place * chunk * D) + spots, r, mask=there)
 
     # Mean and squared deviations of each row within this tile: the next kernel joins them without cancellation.
     r = tl.where(there, r.to(tl.float32), 0.0)
@@ -307,10 +331,10 @@ def _project(
     tl.store(partials + (item * tiles + tile_m * (D // N) + tile_n) * PAD + channels, part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index"])
 def _expand(
-    residual, stats, weight, weight_sum, weight_shift, state, hidden, wide, halfway, partials,
-    chunk, states, first, parts, inverse, eps,
+    table, stats, weight, weight_sum, weight_shift, state, halfway, partials,
+    index, chunk, states, first, parts, inverse, eps,
     D: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PAD_TILES: tl.constexpr,
     PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -337,17 +361,21 @@ def _expand(
     for other in range(own, first, parts):
         part += tl.load(halfway + (item * first + other) * PAD + channels)
 
-    place = item.to(tl.int64) * chunk + rows[:, None]
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    residual = rows_at(table, RESIDUAL, weight, place * chunk * D) + rows[:, None] * D
+    spots = rows[:, None] * WIDE + cols[None, :]
     acc = tl.zeros((M, N), tl.float32)
     for start in range(0, D, K):
         inner = start + tl.arange(0, K)
-        a = tl.load(residual + place * D + inner[None, :], mask=there, other=0.0)
+        a = tl.load(residual + inner[None, :], mask=there, other=0.0)
         b = tl.load(weight + cols[:, None] * D + inner[None, :])
         acc = tl.dot(a, tl.trans(b), acc)
     acc = (acc - mean[:, None] * sums[None, :]) * inverse_std[:, None] + shift[None, :]
     if KEEP:
-        tl.store(wide + place * WIDE + cols[None, :], acc.to(wide.dtype.element_ty), mask=there)
+        wide = rows_at(table, WIDE_ROWS, weight, place * chunk * WIDE)
+        tl.store(wide + spots, acc.to(weight.dtype.element_ty), mask=there)
     acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-    tl.store(hidden + place * WIDE + cols[None, :], acc.to(hidden.dtype.element_ty), mask=there)
+    hidden = rows_at(table, HIDDEN, weight, place * chunk * WIDE)
+    tl.store(hidden + spots, acc.to(weight.dtype.element_ty), mask=there)
     part += tl.sum(w.to(tl.float32) * tl.sum(tl.where(there, acc, 0.0), 0)[None, :], 1) * inverse
     tl.store(partials + (item * parts + own) * PAD + channels, part)

@@ -1,7 +1,8 @@
 """Training's chains of BLADE on CUDA: the fused kernels of both directions, replayed from CUDA graphs.
 
-The graphs of a slab of chunks work on buffers of its own, copies of weights among them. So they outlast every change of
-the weights, even of where these lie, and blocks of one shape share them.
+A graph does some chunks, wherever they lie (ops/blade_table.py), so that what is kept for the backward pass is written
+where it stays, and off the chain as many chunks are taken at once as is good there. It reads copies of the weights: it
+outlasts every change of them, even of where they lie, and blocks of one shape share it.
 
 Letters: B batch, C tokens of a chunk, D d_model, H n_heads, N state_dim, E = D + 2GK.
 """
@@ -11,9 +12,12 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from longctx.ops.blade_chain import ChainWeights
 from longctx.ops.cuda_graphs import capture
@@ -21,29 +25,39 @@ from longctx.ops.cuda_graphs import capture
 try:
     from longctx.ops import blade_backward_kernels as backward_kernels
     from longctx.ops import blade_kernels as kernels
+    from longctx.ops import blade_table
 except ImportError:  # a torch without Triton: torch's own kernels then do both chains
-    kernels = backward_kernels = None
+    kernels = backward_kernels = blade_table = None
+
+if TYPE_CHECKING:
+    from longctx.ops.blade_backward_kernels import ReverseRows
+    from longctx.ops.blade_kernels import Rows
+
+MOST_CHUNKS = 32
+"""Chunks of the longest graph. Any number of them is done in graphs of 32, 16, 8, 4, 2 and 1."""
+MOST_CHAINS = 4
+"""Shapes that a block keeps graphs for, the last used."""
 
 
-class TrainingSlabs:
-    """Keeps the slabs that a block has used: they go when the last block that used them goes.
+class TrainingGraphs:
+    """Keeps the chains that a block has used: they go when the last block that used them goes.
 
-    An operator takes no such object, so it is given its number. A copy or a pickle is a new one, without slabs.
+    An operator takes no such object, so it is given its number. A copy or a pickle is a new one, without chains.
     """
 
     _numbers = itertools.count(1)
 
     def __init__(self) -> None:
         self.number = next(self._numbers)
-        self.slabs: dict[tuple, TrainingSlab] = {}
+        self.chains: dict[tuple, TrainingChain] = {}
         _holders[self.number] = self
 
-    def __reduce__(self) -> tuple[type[TrainingSlabs], tuple[()]]:
-        return TrainingSlabs, ()
+    def __reduce__(self) -> tuple[type[TrainingGraphs], tuple[()]]:
+        return TrainingGraphs, ()
 
 
-_holders: weakref.WeakValueDictionary[int, TrainingSlabs] = weakref.WeakValueDictionary()
-_shared: weakref.WeakValueDictionary[tuple, TrainingSlab] = weakref.WeakValueDictionary()
+_holders: weakref.WeakValueDictionary[int, TrainingGraphs] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple, TrainingChain] = weakref.WeakValueDictionary()
 
 
 def fits(weights: ChainWeights) -> bool:
@@ -51,11 +65,25 @@ def fits(weights: ChainWeights) -> bool:
     return kernels is not None and kernels.fits(weights)
 
 
-def training_slab(number: int, weights: ChainWeights, count: int, batch: int, chunk: int) -> TrainingSlab | None:
-    """A slab for up to `count` chunks, holding these weights now, for the holder of that number.
+@contextmanager
+def training_chain(
+    number: int, weights: ChainWeights, batch: int, chunk: int, *, backward: bool
+) -> Iterator[TrainingChain | None]:
+    """The chains of that shape with these weights, for the holder of that number, to be used inside the context.
 
-    None where the kernels do not fit, or the caller is capturing a graph of its own.
+    backward: whether the reverse chain will run. None where the kernels do not fit, or the caller is capturing a graph
+    of its own.
     """
+    chain = _find(number, weights, batch, chunk)
+    if chain is None:
+        yield None
+        return
+    with chain.lock:
+        chain.load(weights, backward)
+        yield chain
+
+
+def _find(number: int, weights: ChainWeights, batch: int, chunk: int) -> TrainingChain | None:
     holder = _holders.get(number)
     if holder is None or not fits(weights):
         return None
@@ -65,79 +93,106 @@ def training_slab(number: int, weights: ChainWeights, count: int, batch: int, ch
             return None
         stream = torch.cuda.current_stream(device).cuda_stream
     shapes = (weights.qkv.shape, weights.inject[0].shape, weights.n_heads, weights.num_kv_heads, weights.norm[2])
-    key = (device, stream, weights.qkv.dtype, count, batch, chunk, *shapes)
-    slab = holder.slabs.get(key) or _shared.get(key)
-    if slab is None:
-        # One shape at a time: a slab is large.
-        holder.slabs.clear()
+    key = (device, stream, weights.qkv.dtype, batch, chunk, *shapes)
+    chain = holder.chains.pop(key, None) or _shared.get(key)
+    if chain is None:
         with torch.inference_mode(False), torch.no_grad():
-            slab = TrainingSlab(weights, count, batch, chunk)
-        _shared[key] = slab
-    holder.slabs[key] = slab
-    slab.compose(weights)
-    return slab
+            chain = _shared[key] = TrainingChain(weights, batch, chunk)
+    holder.chains[key] = chain
+    while len(holder.chains) > MOST_CHAINS:
+        del holder.chains[next(iter(holder.chains))]
+    return chain
 
 
-class TrainingSlab:
-    """Buffers for some whole chunks, and graphs of both chains over them. Hold `lock` from filling to reading.
+class TrainingChain:
+    """Both chains over chunks of one shape, and their graphs. Hold `lock` from `load` to the last run."""
 
-    residual `[count, B, C, D]`: x before the forward chain. The others as in `Kept` and `Reverse`.
-    """
-
-    def __init__(self, weights: ChainWeights, count: int, batch: int, chunk: int) -> None:
-        qkv = weights.qkv
-        rows, width = qkv.shape
-        wide, states = weights.up[0].shape[0], weights.inject[0].shape[1]
-        sums = {"dtype": torch.float32}
-        padded = kernels.padded_states(states)
-        self.composed = kernels.Composed(weights, copies=True)
+    def __init__(self, weights: ChainWeights, batch: int, chunk: int) -> None:
+        self.batch, self.chunk = batch, chunk
+        self.composed = kernels.Composed(weights.each(torch.empty_like))
         self.back = backward_kernels.ComposedBackward(self.composed)
-        # Zeros, not whatever lay there: the run before a capture goes over them.
-        self.residual, self.attended, self.from_dy, self.along, self.dattended = (
-            qkv.new_zeros(count, batch, chunk, width) for _ in range(5)
-        )
-        self.qkv = qkv.new_zeros(count, batch, chunk, rows)
-        self.wide, self.hidden = (qkv.new_zeros(count, batch * chunk, wide) for _ in range(2))
-        self.lse = qkv.new_zeros(count, batch, weights.n_heads, chunk, **sums)
-        self.rstd = qkv.new_zeros(count, batch, chunk, **sums)
-        self.states, self.dstates = (qkv.new_zeros(count, batch, padded, **sums) for _ in range(2))
-        self.s = qkv.new_zeros(batch, states, **sums)
+        self.kernels = {
+            "forward": kernels.Forward(self.composed, batch, chunk, kept=True),
+            "backward": backward_kernels.Backward(self.back, batch, chunk),
+        }
+        self.table = blade_table.new_table(weights.qkv.device)
+        self.s = weights.qkv.new_zeros(batch, weights.inject[0].shape[1], dtype=torch.float32)
         self.lock = threading.RLock()
-        self.graphs: dict[tuple[str, int], Callable[[], None]] = {}
+        self.graphs: dict[tuple, Callable[[], None]] = {}
 
-    def compose(self, weights: ChainWeights) -> None:
-        self.composed.weights = weights
-        self.composed.compose()
-        self.back.compose()
-        self.composed.weights = None
+    def load(self, weights: ChainWeights, backward: bool) -> None:
+        """Take these weights, as they are now."""
+        torch._foreach_copy_(self.composed.weights.tensors, weights.tensors)
+        self._graph(("compose",), self.composed.compose)()
+        if backward:
+            self._graph(("compose backward",), self.back.compose)()
 
-    def runner(self, direction: str, count: int) -> Callable[[], None]:
-        """What runs the "forward" or "backward" chain over the first `count` chunks. Ask for it before filling them."""
-        body = {"forward": self._forward, "backward": self._backward}[direction]
+    def forward(self, rows: Rows, s: Tensor) -> None:
+        """All chunks of `rows`, with what is kept; s `[B, N]` before them is overwritten with that after them."""
+        self._chunks("forward", rows.entries, s, _pieces(len(rows.x)))
+
+    def backward(self, rows: ReverseRows, ds: Tensor) -> None:
+        """The same in reverse; ds `[B, N]`: gradient of the state after them, overwritten with that of the one before.
+
+        qkv's queries are the injected ones.
+        """
+        self._chunks("backward", rows.entries, ds, _pieces(len(rows.attended))[::-1])
+
+    def _chunks(self, direction: str, entries: list[Tensor], s: Tensor, pieces: list[slice]) -> None:
+        runs = [self._runner(direction, piece.stop - piece.start) for piece in pieces]
+        self.s.copy_(s)
+        for piece, run in zip(pieces, runs, strict=True):
+            blade_table.point(self.table, [entry[piece] for entry in entries])
+            run()
+        s.copy_(self.s)
+
+    def _runner(self, direction: str, count: int = 0) -> Callable[[], None]:
+        """What runs so many chunks, wherever the table points when it runs."""
+        chain = self.kernels[direction]
+
+        def rehearsal() -> None:
+            rows = self._one_chunk(direction)
+            blade_table.point(self.table, rows)
+            chain.run(self.table, self.s, 1)
+
+        return self._graph((direction, count), lambda: chain.run(self.table, self.s, count), rehearsal)
+
+    def _graph(
+        self, key: tuple, body: Callable[[], None], rehearsal: Callable[[], None] | None = None
+    ) -> Callable[[], None]:
         if not self.s.is_cuda:
-            return lambda: body(count)
-        key = (direction, count)
+            return body
         if key not in self.graphs:
             with torch.cuda.device(self.s.device):
-                self.graphs[key] = capture(lambda: body(count), self.s.device)
+                self.graphs[key] = capture(body, self.s.device, rehearsal=rehearsal)
         return self.graphs[key]
 
-    def _forward(self, count: int) -> None:
-        kept = kernels.Kept(wide=self.wide, attended=self.attended, lse=self.lse, states=self.states)
-        kernels.fused_chain(self.composed, self.residual[:count], self.qkv, self.hidden, self.s, kept=kept)
+    def _one_chunk(self, direction: str) -> list[Tensor]:
+        """Rows of a chunk to rehearse with: the caller's would not survive a chain that runs twice."""
+        composed, batch, chunk = self.composed, self.batch, self.chunk
+        width, wide = composed.values.shape[0], composed.up.shape[0]
+        x, attended, along, dattended = (composed.up.new_zeros(1, batch, chunk, width) for _ in range(4))
+        hidden = x.new_zeros(1, batch, chunk, wide)
+        qkv = x.new_zeros(1, batch, chunk, len(composed.inject))
+        lse = self.s.new_zeros(1, batch, composed.heads, chunk)
+        if direction == "forward":
+            rows = kernels.Rows(
+                x=x, residual=x, qkv=qkv, hidden=hidden, attended=attended, states=self.s[None].clone(), lse=lse,
+                wide=hidden,
+            )  # fmt: skip
+        else:
+            rows = backward_kernels.ReverseRows(
+                qkv=qkv, wide=hidden, attended=attended, lse=lse, rstd=self.s.new_zeros(1, batch, chunk), from_dy=x,
+                along=along, dwide=torch.zeros_like(hidden), dattended=dattended, dstates=self.s[None].clone(),
+            )  # fmt: skip
+        return rows.entries
 
-    def _backward(self, count: int) -> None:
-        chain = backward_kernels.Reverse(
-            qkv=self.qkv,
-            wide=self.wide,
-            attended=self.attended[:count],
-            lse=self.lse,
-            rstd=self.rstd,
-            from_dy=self.from_dy,
-            along=self.along,
-            dwide=self.hidden,
-            dattended=self.dattended,
-            dstates=self.dstates,
-            ds=self.s,
-        )
-        backward_kernels.reverse_chain(self.back, chain)
+
+def _pieces(count: int) -> list[slice]:
+    """Slices of `count` chunks, one after the other, each of them as long as some graph."""
+    start, slices = 0, []
+    while start < count:
+        size = min(MOST_CHUNKS, 1 << ((count - start).bit_length() - 1))
+        slices.append(slice(start, start + size))
+        start += size
+    return slices

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 
 
-def capture(body: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Run `body`, whose work is on `device`, once; then capture it, and return what replays it."""
+def capture(
+    body: Callable[[], None], device: torch.device, *, rehearsal: Callable[[], None] | None = None
+) -> Callable[[], None]:
+    """Run `rehearsal`, or else `body`, whose work is on `device`, once; capture `body`, and return what replays it."""
     with torch.inference_mode():
         # Once for real: kernels are compiled and libraries make their handles, which a capture does not allow.
-        body()
+        (rehearsal or body)()
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may allocate meanwhile.
         with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):

@@ -1,6 +1,8 @@
-"""The gradient of a weight over many slabs of rows, summed in fp32 at least."""
+"""Gradients of weights over many slabs of rows, summed in fp32 at least."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,3 +29,37 @@ class WeightGradient:
             self.total = torch.mm(grad.t(), rows)
         else:
             self.total.addmm_(grad.t(), rows)
+
+
+class GradientSums:
+    """Gradients of named parameters, each summed over slabs in fp32 or better."""
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+        """Parameters beyond the names, or names beyond the parameters, are left out."""
+        self.parameters = dict(zip(names, parameters, strict=False))
+        self.sums = {name: WeightGradient() for name in self.parameters}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """value: of the shape of the parameter, and not written to by the caller afterwards."""
+        mine = self.sums[name]
+        value = value.to(_sum_dtype(value))
+        mine.total = value if mine.total is None else mine.total + value
+
+    def outer(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add left^T right, both with their rows flattened."""
+        self.sums[name].add(left.flatten(0, -2), right.flatten(0, -2))
+
+    def total(self, name: str) -> Tensor:
+        """The sum so far, zeros if nothing was added."""
+        found, like = self.sums[name].total, self.parameters[name]
+        return like.new_zeros(like.shape, dtype=_sum_dtype(like)) if found is None else found
+
+    def finished(self) -> list[Tensor]:
+        """In the order and the dtypes of the parameters, in memory of their own."""
+        found = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in self.parameters.values()]
+        torch._foreach_copy_(found, [self.total(name) for name in self.parameters])
+        return found
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from longctx import blocks
 from longctx.blocks.blade import reference
-from longctx.ops import blade_training, blade_training_graph
+from longctx.ops import blade_training, blade_training_graph, chunk_attention_gradients
 from longctx.ops.blade_training import whole_chunks
-from longctx.ops.blade_training_graph import TrainingSlabs
+from longctx.ops.blade_training_graph import TrainingGraphs
 
 
 def make(*, device=None, dtype=torch.float64, d_model=12, n_heads=4, chunk_size=4, state_dim=5, **options):
@@ -37,14 +38,14 @@ def norm_of(block):
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "num_global_tokens": 3}], ids=["plain", "globals"])
 def test_gradients_against_finite_differences(options, monkeypatch):
     monkeypatch.setattr(blade_training, "CPU_SLAB_TOKENS", 8)
-    monkeypatch.setattr(blade_training, "ATTENTION_ROWS", 3)
+    monkeypatch.setattr(chunk_attention_gradients, "ATTENTION_ROWS", 3)
     block = make(**options)
     names, values = zip(*block.named_parameters(), strict=True)
     x, s = torch.randn(2, 12, 12).double().requires_grad_(), torch.randn(2, 5).double().requires_grad_()
 
     def run(x, s, *values):
         with torch.nn.utils.stateless._reparametrize_module(block, dict(zip(names, values, strict=True))):
-            return whole_chunks(x, s, norm_of(block), block._chain_weights(), block.chunk_size, TrainingSlabs())
+            return whole_chunks(x, s, norm_of(block), block._chain_weights(), block.chunk_size, TrainingGraphs())
 
     assert torch.autograd.gradcheck(run, (x, s, *values), fast_mode=True, atol=1e-6)
 
@@ -60,7 +61,7 @@ def test_slabs_make_no_difference(slab, monkeypatch):
 
     want = gradients()
     monkeypatch.setattr(blade_training, "CPU_SLAB_TOKENS", slab)
-    monkeypatch.setattr(blade_training, "ATTENTION_ROWS", 3)
+    monkeypatch.setattr(chunk_attention_gradients, "ATTENTION_ROWS", 3)
     for got, expected in zip(gradients(), want, strict=True):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
 
@@ -161,11 +162,11 @@ def test_fused_training(options, dtype, tolerance):
     block, x = fused_case(device="cuda", dtype=dtype, **options)
     error, errors = fused_error(block, x)
     assert error < tolerance, errors
-    assert block._training_slabs.slabs, "the fused kernels did not run"
+    assert block._training_graphs.chains, "the fused kernels did not run"
 
 
 @pytest.mark.cuda
-def test_training_slabs_go_with_the_block():
+def test_training_graphs_go_with_the_block():
     gc.collect()
     block, x = fused_case(device="cuda", dtype=torch.bfloat16)
     twin = copy.deepcopy(block)
@@ -193,7 +194,7 @@ for index, options in enumerate(FUSED):
     torch.manual_seed(0)
     block, x = fused_case(device="cpu", dtype=torch.float16, **options)
     error, errors = fused_error(block, x)
-    assert block._training_slabs.slabs
+    assert block._training_graphs.chains
     assert error < 1e-2, (options, errors)
 print("ok")
 """
