@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from longctx.config import BenchmarkConfig
+from longctx.config import DEFAULT_RUNS, BenchmarkConfig
 from longctx.engine.runner import run_sweep
 
 BLOCKS = '''
@@ -182,6 +182,12 @@ def config_of(folder: Path, **values) -> BenchmarkConfig:
         "output_file": "run.json",
     }
     return BenchmarkConfig(**{**shared, **values})
+
+
+def paired_config(folder: Path, **values) -> BenchmarkConfig:
+    """Of a sweep with --against: each side in a process, five rounds of as many samples as it takes."""
+    paired = {"rounds": 5, "benchmark_runs": DEFAULT_RUNS, "fixed_runs": False, "isolation": "worker"}
+    return config_of(folder, **{**paired, **values})
 
 
 def sweep(blocks, folder: Path, *, on_event=None, **values):
