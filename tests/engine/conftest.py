@@ -1,4 +1,4 @@
-"""What tests of sweeps share: short warm-ups, no process left behind, blocks of the tests' own."""
+"""What tests of sweeps share: short warm-ups, no process left behind, blocks and workers of the tests' own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import tempfile
 
 import psutil
 import pytest
+from fake_torch import CONFIG
 from tiny_sweeps import BLOCKS, children
 
 from longctx.engine import timing
+from longctx.engine.process import WorkerProcess
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +46,30 @@ def mine(tmp_path):
     """Names a block of the tests' own: `mine("Counted")`."""
     (tmp_path / "mine.py").write_text(BLOCKS)
     return lambda name: f"{tmp_path}/mine.py:{name}"
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Puts code in the place of torch, for workers started after it. `folder` names the test's folder in it."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(code: str) -> None:
+        head = f"import os, resource, signal, subprocess, sys, time\nfolder = {str(tmp_path)!r}\n"
+        # A crash on purpose needs no core file.
+        head += "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        (tmp_path / "torch.py").write_text(head + code)
+
+    return write
+
+
+@pytest.fixture
+def start():
+    """Starts workers, and ends them with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*, threads: int = 1, memory: bool = False) -> WorkerProcess:
+            worker = WorkerProcess(CONFIG, threads=threads, memory=memory)
+            stack.callback(worker.close)
+            return worker
+
+        yield start

@@ -1,8 +1,4 @@
-"""A worker process: what it answers, what it is kept from, and that none is left however it or its supervisor ends.
-
-Most tests put a file of their own in the place of torch, which a worker imports for its first job: what a block does to
-its process happens there too, without waiting for the real one.
-"""
+"""A worker process: what it answers, and that none is left however it or its supervisor ends."""
 
 from __future__ import annotations
 
@@ -20,18 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from fake_torch import CONFIG, HELLO, PATIENCE_S, SPEAK, gone, lost, said
 
-from longctx.config import BenchmarkConfig, BlockRequest, Cell
+from longctx.config import BlockRequest, Cell
 from longctx.engine import process
-from longctx.engine.machine import affinity, cgroup_limits, default_threads, physical_cores
-from longctx.engine.process import LOG_TAIL_BYTES, MALLOC_ENVIRONMENT, Refused, WorkerLost, WorkerProcess
-
-CONFIG = BenchmarkConfig(device="cpu", d_model=32, n_heads=2, threads=1).to_json()
-HELLO = {"job": "hello"}
-PATIENCE_S = 60.0
-
-SPEAK = "from longctx.errors import LongctxError; raise LongctxError({})\n"
-"""Ends the job with a message from inside: the worker lives on, and this is what it says."""
+from longctx.engine.process import Refused, WorkerProcess
 
 SUPERVISOR = """
 import json, sys
@@ -48,18 +37,6 @@ while True:
         print(refused.message, flush=True)
         break
 """
-
-
-def gone(pid: int, within_s: float = 10.0) -> bool:
-    """Whether the process ends. One that nobody has reaped yet is gone too."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.02)
-                continue
-        return True
-    return False
 
 
 def group_of(pid: int) -> int | None:
@@ -79,33 +56,6 @@ def text_of(path: Path) -> str:
 
 
 @pytest.fixture
-def script(monkeypatch, tmp_path):
-    """Puts code in the place of torch, for workers started after it. `folder` names the test's folder in it."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def write(code: str) -> None:
-        head = f"import os, resource, signal, subprocess, sys, time\nfolder = {str(tmp_path)!r}\n"
-        # A crash on purpose needs no core file.
-        head += "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        (tmp_path / "torch.py").write_text(head + code)
-
-    return write
-
-
-@pytest.fixture
-def start():
-    """Starts workers, and ends them with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*, threads: int = 1, memory: bool = False) -> WorkerProcess:
-            worker = WorkerProcess(CONFIG, threads=threads, memory=memory)
-            stack.callback(worker.close)
-            return worker
-
-        yield start
-
-
-@pytest.fixture
 def supervisor(script):
     """Starts a supervisor in a process group of its own: (it, the pid of its worker)."""
     with contextlib.ExitStack() as stack:
@@ -118,20 +68,6 @@ def supervisor(script):
             return started, int(started.stdout.readline())
 
         yield start
-
-
-def said(worker: WorkerProcess, *, timeout: float = PATIENCE_S) -> str:
-    """What the code in the place of torch says of itself."""
-    with pytest.raises(Refused) as caught:
-        worker.ask(HELLO, timeout=timeout)
-    return caught.value.message
-
-
-def lost(worker: WorkerProcess, *, timeout: float = PATIENCE_S) -> WorkerLost:
-    with pytest.raises(WorkerLost) as caught:
-        worker.ask(HELLO, timeout=timeout)
-    assert gone(worker.pid)
-    return caught.value
 
 
 # -- with the real torch -------------------------------------------------------------------------------------------
@@ -358,102 +294,3 @@ def test_ctrl_c_reaches_the_supervisor_and_not_its_worker(script, supervisor, tm
 def test_an_interrupt_sent_to_the_worker_itself_is_ignored(script, start):
     script("os.kill(os.getpid(), signal.SIGINT)\n" + SPEAK.format("'alive'"))
     assert said(start()) == "alive"
-
-
-# -- what a block prints and reads ---------------------------------------------------------------------------------
-
-
-def test_a_block_that_prints_without_end_holds_nothing_up_and_its_end_is_kept(script, start):
-    lines = "for _ in range(4):\n    print('x' * (1 << 20))\n    print('y' * (1 << 20), file=sys.stderr)\n"
-    script(lines + "print('the end', flush=True)\n" + SPEAK.format("'alive'"))
-    worker = start()
-    assert said(worker) == "alive"
-    worker.close()
-    tail = worker.log_tail()
-    assert len(tail) <= LOG_TAIL_BYTES
-    assert tail.endswith("the end\n")
-
-
-def test_a_short_output_is_kept_whole_however_it_comes(script, start):
-    lines = "for number in range(60):\n    print('line', number, file=sys.stderr, flush=True)\n    time.sleep(0.002)\n"
-    script(lines + "os._exit(3)\n")
-    assert lost(start()).log_tail.splitlines() == [f"line {number}" for number in range(60)]
-
-
-def test_bytes_that_are_no_text_are_kept_as_text(script, start):
-    script(r"os.write(2, b'\xff\xfe broken \xe2\x82'); os._exit(3)")
-    assert " broken " in lost(start()).log_tail
-
-
-def test_the_last_words_of_a_block_are_kept_even_if_it_did_not_flush_them(script, start, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    script("print('about to do it')\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    assert "about to do it" in lost(start()).log_tail
-
-
-def test_a_block_that_reads_standard_input_gets_its_end_and_not_the_next_job(script, start):
-    child = "subprocess.run(['cat'], stdout=subprocess.PIPE).stdout"
-    script(SPEAK.format(f"repr([sys.stdin.read(), os.read(0, 100), {child}])"))
-    worker = start()
-    for _ in range(2):
-        assert said(worker) == "['', b'', b'']"
-
-
-def test_a_block_that_closes_its_standard_streams_still_answers(script, start):
-    script("os.close(0); os.close(1); os.close(2)\n" + SPEAK.format("'alive'"))
-    assert said(start()) == "alive"
-
-
-# -- what a worker is given ----------------------------------------------------------------------------------------
-
-
-def environment_of(worker: WorkerProcess) -> dict[str, str]:
-    return json.loads(said(worker))
-
-
-TELL_ENVIRONMENT = "import json\n" + SPEAK.format("json.dumps(dict(os.environ))")
-
-
-def test_the_users_environment_is_passed_on_with_the_threads_set(script, start, monkeypatch):
-    monkeypatch.setenv("LONGCTX_TEST_OF_THE_USERS", "a value with spaces and ü")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    script(TELL_ENVIRONMENT)
-    found = environment_of(start(threads=2))
-    assert found["LONGCTX_TEST_OF_THE_USERS"] == "a value with spaces and ü"
-    assert found["PATH"] == os.environ["PATH"]
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        assert found[name] == "2"
-    assert os.environ["OMP_NUM_THREADS"] == "7"
-
-
-@pytest.mark.parametrize("users", [None, "131072"])
-def test_only_the_memory_worker_has_the_allocator_settings_that_slow_work(script, start, monkeypatch, users):
-    for name in MALLOC_ENVIRONMENT:
-        if users:
-            monkeypatch.setenv(name, users)
-    script(TELL_ENVIRONMENT)
-    assert MALLOC_ENVIRONMENT.items() <= environment_of(start(memory=True)).items()
-    assert not MALLOC_ENVIRONMENT.keys() & environment_of(start()).keys()
-
-
-def test_a_worker_goes_first_when_memory_runs_out(script, start):
-    if not os.path.exists("/proc/self/oom_score_adj"):
-        pytest.skip("this system has no oom_score_adj")
-    script(SPEAK.format("open('/proc/self/oom_score_adj').read()"))
-    assert said(start()).strip() == "1000"
-    assert Path("/proc/self/oom_score_adj").read_text().strip() != "1000"
-
-
-def test_a_worker_has_a_session_of_its_own_and_as_many_processors_as_threads(script, start):
-    if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("this system pins no process")
-    script(SPEAK.format("repr([os.getsid(0) == os.getpid(), sorted(os.sched_getaffinity(0))])"))
-    assert said(start(threads=1)) == repr([True, affinity()[:1]])
-
-
-def test_default_threads_have_a_core_each(script, start):
-    threads = default_threads()
-    if physical_cores(affinity()) is None or cgroup_limits().cpu_quota_cores:
-        pytest.skip("this system does not say which processors share a core, or a quota decides")
-    script(SPEAK.format("repr(sorted(os.sched_getaffinity(0)))"))
-    assert physical_cores(json.loads(said(start(threads=threads)))) == threads
