@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from longctx.analysis.laws import Law, fit
-from longctx.analysis.series import names_of
+from longctx.analysis.series import METRICS, names_of
 from longctx.analysis.statistics import positive
 from longctx.results import MIB, BenchmarkResult
 
@@ -122,6 +122,8 @@ class Frontier:
     name: str
     block: str
     mode: str
+    row: BenchmarkResult
+    """One of its rows: what it was asked of."""
     fits: int
     """The longest length that was run, 0 if none could be."""
     fails: int | None
@@ -138,7 +140,7 @@ class Frontier:
     call_s: float | None
     """Seconds of the first call at `fits`."""
     peak: Law | None
-    """Peak above the level before the call, against length."""
+    """Peak above the level before the call, in mode decode the state, against length."""
     total: Law | None
     """Everything in memory, against length."""
     growth: float | None
@@ -209,6 +211,7 @@ def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
         name=name,
         block=str(any_row.block_name),
         mode=str(any_row.mode),
+        row=any_row,
         fits=fits,
         fails=fails,
         limit=limit,
@@ -217,7 +220,7 @@ def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
         said=str(error.get("message") or ""),
         needed_bytes=totals.get(fits),
         call_s=positive(ok[fits].first_call_s) if fits else None,
-        peak=fit(_upper({t: value * MIB for t, row in ok.items() if (value := positive(row.peak_memory_mb))})),
+        peak=fit(_upper({t: value for t, row in ok.items() if (value := METRICS["memory"].value(row))})),
         total=total,
         growth=_growth(totals),
         explained=not leapt,

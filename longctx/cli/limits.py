@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,27 +18,14 @@ ORDER = 25
 
 def limits(
     blocks: options.Blocks = None,
-    mode: Annotated[
-        Literal["forward", "train", "decode", "prefill"],
-        typer.Option("--mode", help="What a block must get through.", rich_help_panel=options.MODEL),
-    ] = "forward",
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", help="Sequences a call.", rich_help_panel=options.MODEL)
-    ] = 1,
-    d_model: Annotated[
-        int, typer.Option("--d-model", metavar="N", help="Model width.", rich_help_panel=options.MODEL)
-    ] = 512,
-    n_heads: Annotated[
-        int, typer.Option("--n-heads", metavar="N", help="Attention heads.", rich_help_panel=options.MODEL)
-    ] = 8,
+    mode: options.Modes = None,
+    batch_size: options.BatchSizes = None,
+    d_model: options.DModels = None,
+    n_heads: options.NHeads = None,
     num_kv_heads: options.NumKvHeads = None,
+    layers: options.Layers = None,
     device: options.Device = "auto",
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "fp64"],
-        typer.Option(
-            "--dtype", help="Number format; auto is bf16 on a GPU, fp32 on a CPU.", rich_help_panel=options.MODEL
-        ),
-    ] = "auto",
+    dtype: options.DTypes = None,
     resolution: Annotated[
         float,
         typer.Option(
@@ -67,36 +54,14 @@ def limits(
             rich_help_panel=options.RUNS,
         ),
     ] = 120.0,
-    max_time: Annotated[
-        float | None,
-        typer.Option(
-            "--max-time",
-            metavar="SECONDS",
-            help="For the whole search; what is found by then is kept.",
-            show_default="no limit",
-            rich_help_panel=options.RUNS,
-        ),
-    ] = None,
+    max_time: options.MaxTime = None,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     output_file: options.OutputFile = None,
     results_dir: options.ResultsDir = "./reports/benchmark",
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where the output file ends.", rich_help_panel=options.OUTPUT),
-    ] = False,
-    retry: Annotated[
-        bool,
-        typer.Option(
-            "--retry",
-            help="With --resume: try lengths that crashed or timed out again.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = False,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Replace an output file that exists.", rich_help_panel=options.OUTPUT),
-    ] = False,
+    resume: options.Resume = False,
+    retry: options.Retry = False,
+    force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -104,7 +69,7 @@ def limits(
 
     \b
     longctx limits
-    longctx limits --blocks Dense BLADE --mode train
+    longctx limits --blocks Dense BLADE --mode forward train --batch-size 1 4
     longctx limits --blocks my_block.py:MyBlock --timeout 20 --max-length 1M
 
     Lengths are doubled until one does not fit, and the gap is closed to --resolution. Every length runs in a process
@@ -118,14 +83,18 @@ def limits(
 
     names = [str(request) for request in parse_blocks(blocks or [])]
     longest = None if max_length is None else parse_length(max_length)
-    config = BenchmarkConfig(
-        mode=mode,
+    given, vary = options.axes(
         batch_size=batch_size,
         d_model=d_model,
         n_heads=n_heads,
         num_kv_heads=num_kv_heads,
-        device=device,
+        layers=layers,
         dtype=dtype,
+        mode=mode,
+    )
+    config = BenchmarkConfig(
+        **given,
+        device=device,
         timeout=timeout,
         max_time=max_time,
         threads=threads,
@@ -139,12 +108,11 @@ def limits(
         verbose=not quiet,
         blocks=names,
     )
-    command = limits_command(config, names, resolution=resolution, max_length=longest)
+    asked = {"resolution": resolution, "max_length": longest, "vary": vary}
+    command = limits_command(config, names, **asked)
 
     def run(on_event: Callable[[Event], None]) -> list[BenchmarkResult]:
-        return run_limits(
-            names or None, config, resolution=resolution, max_length=longest, on_event=on_event, command=command
-        )
+        return run_limits(names or None, config, **asked, on_event=on_event, command=command)
 
     results, view = watched(run, config, command=command, quiet=quiet, view_for=limits_view)
     if json:
@@ -153,11 +121,11 @@ def limits(
         from longctx.cli._show import tail
         from longctx.terminal.console import ascii_only, result_console
         from longctx.terminal.limits import limits_text
-        from longctx.terminal.tables import environment_line
+        from longctx.terminal.tables import environment_line, one_dtype
 
         console = result_console()
         if results:
-            console.print(environment_line(view.environment, results[0].dtype))
+            console.print(environment_line(view.environment, one_dtype(results)))
             console.print()
             console.print(limits_text(results, console.width, ascii_only=ascii_only(console)))
         tail(console, view, command)

@@ -157,6 +157,25 @@ NoMemoryProfile = Annotated[
     bool,
     typer.Option("--no-memory-profile", help="Leave the memory readings out.", rich_help_panel=RUNS),
 ]
+MaxTime = Annotated[
+    float | None,
+    typer.Option(
+        "--max-time",
+        metavar="SECONDS",
+        help="For the whole run; what is measured by then is kept.",
+        show_default="no limit",
+        rich_help_panel=RUNS,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Measure only what the output file does not hold yet.", rich_help_panel=OUTPUT),
+]
+Retry = Annotated[
+    bool,
+    typer.Option("--retry", help="With --resume: try rows that crashed or timed out again.", rich_help_panel=OUTPUT),
+]
+Force = Annotated[bool, typer.Option("--force", help="Write over an output file that exists.", rich_help_panel=OUTPUT)]
 ResultsDir = Annotated[
     str,
     typer.Option("--results-dir", metavar="DIR", help="Folder that results are saved under.", rich_help_panel=OUTPUT),

@@ -64,9 +64,7 @@ def plot(
         bool,
         typer.Option("--watch", help="Draw the file again whenever it changes, until its sweep is over or Ctrl-C."),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over a file that exists.", rich_help_panel=options.OUTPUT)
-    ] = False,
+    force: options.Force = False,
     results_dir: options.ResultsDir = BenchmarkConfig.results_dir,
 ) -> None:
     """Draw saved runs: time, throughput, memory, memory per token and scaling over sequence length.

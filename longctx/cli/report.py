@@ -82,14 +82,17 @@ def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, st
 
 def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
     """The tables of every run, under its label if there are several."""
-    from longctx.terminal.markdown import markdown_text, to_markdown
+    from longctx.terminal.markdown import limits_markdown, markdown_text, to_markdown
     from longctx.terminal.tables import environment_line, one_dtype
 
     parts = []
     for label, rows in runs.items():
         head = f"### {markdown_text(label)}\n\n" if len(runs) > 1 else ""
         line = environment_line(_environment(rows), one_dtype(rows)).plain
-        parts.append(head + to_markdown(rows, environment=line, crossovers=crossings(rows, pair)))
+        if _of_limits(rows):
+            parts.append(head + limits_markdown(rows, environment=line))
+        else:
+            parts.append(head + to_markdown(rows, environment=line, crossovers=crossings(rows, pair)))
     return "\n".join(parts)
 
 

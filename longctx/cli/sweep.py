@@ -77,16 +77,7 @@ def sweep(
     threads: options.Threads = None,
     seed: options.Seed = 0,
     timeout: options.Timeout = 600.0,
-    max_time: Annotated[
-        float | None,
-        typer.Option(
-            "--max-time",
-            metavar="SECONDS",
-            help="For the whole sweep; what is measured by then is kept.",
-            show_default="no limit",
-            rich_help_panel=options.RUNS,
-        ),
-    ] = None,
+    max_time: options.MaxTime = None,
     isolation: options.Isolation = "worker",
     torch_benchmark: Annotated[
         bool,
@@ -143,22 +134,9 @@ def sweep(
     config: options.Config = None,
     output_file: options.OutputFile = None,
     results_dir: options.ResultsDir = "./reports/benchmark",
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Measure only what the output file does not hold yet.", rich_help_panel=options.OUTPUT
-        ),
-    ] = False,
-    retry: Annotated[
-        bool,
-        typer.Option(
-            "--retry", help="With --resume: try rows that crashed or timed out again.", rich_help_panel=options.OUTPUT
-        ),
-    ] = False,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Replace an output file that exists.", rich_help_panel=options.OUTPUT),
-    ] = False,
+    resume: options.Resume = False,
+    retry: options.Retry = False,
+    force: options.Force = False,
     dry_run: Annotated[
         bool,
         typer.Option(

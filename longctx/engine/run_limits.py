@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from longctx.analysis.frontier import (
@@ -46,13 +46,15 @@ def run_limits(
     *,
     resolution: float = RESOLUTION,
     max_length: int | None = None,
+    vary: Mapping[str, Sequence[Any]] | None = None,
     on_event: Callable[[Event], None] | None = None,
     command: str | None = None,
 ) -> list[BenchmarkResult]:
     """Find the longest context of `blocks` (None: all of ours) as `config` says: a row for every length that was tried.
 
     The answer is read off the rows by `analysis.frontier.frontiers`. resolution: how small the gap between a length
-    that fits and one that does not must be. max_length: longer ones are not asked for. Raises as `run_sweep` does.
+    that fits and one that does not must be. max_length: longer ones are not asked for. vary: as `run_sweep` takes it,
+    and each combination of values has a limit of its own. Raises as `run_sweep` does.
     """
     if not 0.001 <= resolution <= 0.5:
         raise UsageError(f"the resolution must lie between 0.001 and 0.5, not {resolution:g}", "0.05 is five percent")
@@ -69,9 +71,9 @@ def run_limits(
         output_file=config.output_file or time.strftime("limits-%Y%m%d-%H%M%S.json"),
     )
     requests = requested(blocks or config.blocks)
-    command = command or limits_command(config, map(str, requests), resolution=resolution, max_length=max_length)
-    search = _Search(requests, config, resolution=resolution, max_length=max_length, on_event=on_event, command=command)
-    return search.carry_out()
+    asked = {"resolution": resolution, "max_length": max_length, "vary": vary}
+    command = command or limits_command(config, map(str, requests), **asked)
+    return _Search(requests, config, **asked, on_event=on_event, command=command).carry_out()
 
 
 def limits_defaults() -> BenchmarkConfig:
@@ -79,14 +81,21 @@ def limits_defaults() -> BenchmarkConfig:
     return BenchmarkConfig(timeout=TIMEOUT_S, fixed_runs=False)
 
 
-def limits_command(config: BenchmarkConfig, blocks: Iterable[str], *, resolution: float, max_length: int | None) -> str:
+def limits_command(
+    config: BenchmarkConfig,
+    blocks: Iterable[str],
+    *,
+    resolution: float,
+    max_length: int | None,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+) -> str:
     """`longctx limits ...` that looks for the same again."""
     defaults = limits_defaults()
     config = dataclasses.replace(config, sequence_lengths=defaults.sequence_lengths, rounds=defaults.rounds)
     config = dataclasses.replace(config, gate=True, energy=True)
     more = [] if resolution == RESOLUTION else ["--resolution", f"{resolution:g}"]
     more += [] if max_length is None else ["--max-length", str(max_length)]
-    return command_line("limits", config, blocks, defaults=defaults, more=more)
+    return command_line("limits", config, blocks, defaults=defaults, vary=vary, more=more)
 
 
 class _Search(Sweep):
@@ -128,8 +137,8 @@ class _Search(Sweep):
         self.cells = [cell for cell in self.cells if cell in self.rows or cell in starts]
 
     def _finished_rows(self) -> list[BenchmarkResult]:
-        order = {request: index for index, request in enumerate(self.requests)}
-        cells = sorted(self.rows, key=lambda cell: (order[cell.block], cell.length))
+        order = {start: index for index, start in enumerate(self._starts())}
+        cells = sorted(self.rows, key=lambda cell: (order[dataclasses.replace(cell, length=1)], cell.length))
         return [self.rows[cell] for cell in cells]
 
     # -- the search ---------------------------------------------------------------------------------------------
@@ -148,11 +157,15 @@ class _Search(Sweep):
     def _next(self) -> Cell | None:
         """The shortest of the lengths that the blocks want next, so that all have something when the time is over."""
         wanted = []
-        for start in dict.fromkeys(dataclasses.replace(cell, length=1) for cell in self.cells):
+        for start in self._starts():
             length = self._next_length(start)
             if length is not None:
                 wanted.append(dataclasses.replace(start, length=length))
         return min(wanted, key=lambda cell: cell.length, default=None)
+
+    def _starts(self) -> list[Cell]:
+        """What has a limit of its own, each a block in a setting, as its cell of length 1."""
+        return list(dict.fromkeys(dataclasses.replace(cell, length=1) for cell in self.cells))
 
     def _next_length(self, start: Cell) -> int | None:
         tried = self._tried(start)

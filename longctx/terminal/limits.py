@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from longctx.analysis.conclusions import about
-from longctx.analysis.frontier import CARD_GIB, Frontier, frontiers
+from longctx.analysis.conclusions import MOST_SETTINGS, about
+from longctx.analysis.frontier import CARD_GIB, Frontier, frontiers, is_limits_row
+from longctx.analysis.settings import AXES, Axis, by_mode, in_words, setting, varying
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import FRAME
-from longctx.config import BlockRequest, Cell
+from longctx.config import Cell
 from longctx.events import CellFinished, Event
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
-from longctx.terminal.findings import exponent, kind, law_document, lined
+from longctx.terminal.findings import exponent, kind, law_document, lined, summary_text
 from longctx.terminal.layout import Column, layout
 from longctx.terminal.live import LiveView, PlainView, SweepView
 from longctx.terminal.tables import status_word
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+CARDS_HEAD = "What other devices would hold: extrapolated by the memory law, weights, input and output counted"
+DOCUMENTED = ("batch_size", "dtype", "d_model", "n_heads", "num_kv_heads", "layers")
+"""What a document says of each frontier besides its mode."""
 _REASONS = {"length": "--max-length", "unfinished": "not finished"}
 
 
@@ -35,9 +40,9 @@ def limits_view(console: Console, *, quiet: bool = False, animate: bool = True) 
     return LiveLimits(console, animate=animate) if console.is_interactive else PlainLimits(console)
 
 
-def tried_line(cell: Cell, result: BenchmarkResult, *, ascii_only: bool = False) -> str:
-    """`BLADE 64K fits: 1.20 GiB, 0.31 s`: one length that was tried in one line."""
-    head = f"{fmt.plain(cell.block.name)} {fmt.tokens(cell.length)}"
+def tried_line(cell: Cell, result: BenchmarkResult, axes: Sequence[Axis] = (), *, ascii_only: bool = False) -> str:
+    """`BLADE 64K fits: 1.20 GiB, 0.31 s`: one length that was tried in one line. axes: those to name besides."""
+    head = f"{fmt.plain(cell.block.name)} {fmt.tokens(cell.length)}" + (f" ({in_words(cell, axes)})" if axes else "")
     if result.ok:
         size = fmt.memory(fmt.from_mib(result.total_memory_mb))
         return f"{head} fits: {size}, first call {fmt.duration(result.first_call_s)}"
@@ -50,7 +55,7 @@ class PlainLimits(PlainView):
     """One line for each length that was tried."""
 
     def _said(self, event: CellFinished) -> str:
-        return f"[{self.step}] {tried_line(event.cell, event.result, ascii_only=self.ascii)}"
+        return f"[{self.step}] {tried_line(event.cell, event.result, self.axes, ascii_only=self.ascii)}"
 
 
 class LiveLimits(LiveView):
@@ -60,7 +65,7 @@ class LiveLimits(LiveView):
         with self._lock:
             super().update(event)
             if isinstance(event, CellFinished):
-                self.message = tried_line(event.cell, event.result, ascii_only=self.ascii)
+                self.message = tried_line(event.cell, event.result, self.axes, ascii_only=self.ascii)
 
     def _progress(self, width: int) -> Text:
         from rich.text import Text
@@ -70,22 +75,29 @@ class LiveLimits(LiveView):
         return text.append(f"  {fmt.clock(self.estimate.elapsed_s())}", style="dim")
 
     def _tables(self, width: int, room: int) -> list[Text]:
-        found: dict[BlockRequest, dict[int, BenchmarkResult]] = {cell.block: {} for cell in self.cells}
+        found: dict[tuple, tuple[Cell, dict[int, BenchmarkResult]]] = {}
+        for cell in [*self.cells, *self.results]:
+            found.setdefault(self._line(cell), (cell, {}))
         for cell, row in self.results.items():
-            found.setdefault(cell.block, {})[cell.length] = row
-        shown = list(found)[: max(1, room - 1)]
+            found[self._line(cell)][1][cell.length] = row
+        # The running one stays among those that the screen has room for.
+        keys, most = list(found), max(1, room - 1)
+        now = keys.index(self._line(self.running)) if self.running and self._line(self.running) in found else 0
+        first = max(0, min(now - most // 2, len(keys) - most))
+        shown = keys[first : first + most]
         fits, ends, sizes, styles = [], [], [], {}
-        for index, block in enumerate(shown):
-            rows = found[block]
+        for index, key in enumerate(shown):
+            rows = found[key][1]
             ok = max((t for t, row in rows.items() if row.ok), default=0)
             fails = min((t for t, row in rows.items() if t > ok and not row.ok), default=None)
             fits.append(f"{ok:,}" if ok else fmt.NONE)
             ends.append(f"{fails:,} {status_word(rows[fails])}" if fails else "?")
             sizes.append(fmt.memory(fmt.from_mib(rows[ok].total_memory_mb)) if ok else fmt.NONE)
-            if self.running and self.running.block == block:
+            if self.running and self._line(self.running) == key:
                 styles[index, "fits"] = "bold cyan"
         columns = [
-            Column(header="block", cells=[fmt.plain(b.name) for b in shown], right=False, flexible=True),
+            *_axis_columns([found[key][0] for key in shown], self.axes),
+            Column(header="block", cells=[fmt.plain(key[0].name) for key in shown], right=False, flexible=True),
             Column(header="fits", cells=fits),
             Column(header="too long", cells=ends, keep=2),
             Column(header="memory", cells=sizes, keep=1),
@@ -96,57 +108,110 @@ class LiveLimits(LiveView):
 # -- what was found ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What was found in one mode: heading, table of frontiers, table of what other cards would hold, lines on why each
+    search ended, and sentences."""
+
+    head: str
+    table: list[Column]
+    cards: list[Column]
+    ends: list[str]
+    sentences: list[str]
+
+
+def limits_parts(results: Sequence[BenchmarkResult]) -> list[Part]:
+    """The answer of a search, a part for each mode."""
+    return [_part(rows) for rows in by_mode(row for row in results if is_limits_row(row)).values()]
+
+
+def _part(results: Sequence[BenchmarkResult]) -> Part:
+    found = frontiers(results)
+    axes = varying(f.row for f in found)
+    held = any(f.would_hold(gib * fmt.GIB) for f in found for gib in CARD_GIB)
+    return Part(
+        head=_head(results, axes),
+        table=_columns(found, axes),
+        cards=_card_columns(found, axes) if held else [],
+        ends=[line for f in found if (line := _end(f, results))],
+        sentences=sentences(found),
+    )
+
+
 def limits_text(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
-    """Table of frontiers, what other cards would hold, why each search ended, and one sentence."""
+    """For each mode: table of frontiers, what other cards would hold, why each search ended, and who goes furthest."""
     from rich.text import Text
 
-    found = frontiers(results)
     text = Text(no_wrap=True, overflow="ignore")
-    text.append_text(_head(results, width)).append("\n\n")
-    text.append_text(_table(found, width, ascii_only=ascii_only))
-    if any(f.would_hold(gib * fmt.GIB) for f in found for gib in CARD_GIB):
-        title = "What other devices would hold: extrapolated by the memory law, weights, input and output counted"
-        text.append("\n\n").append(lined([title], width, ascii_only=ascii_only).plain, "bold")
-        text.append("\n").append_text(_cards(found, width, ascii_only=ascii_only))
-    ends = [line for f in found if (line := _end(f, results))]
-    if ends:
-        text.append("\n\n").append_text(lined(ends, width, ascii_only=ascii_only))
-    if said := sentence(found):
-        text.append("\n\n").append(lined([said], width, ascii_only=ascii_only).plain.replace("\n  ", "\n"), "bold")
+    for index, part in enumerate(limits_parts(results)):
+        text.append("\n\n" if index else "")
+        text.append(lined([part.head], width, ascii_only=True).plain, "bold" if index else "").append("\n\n")
+        text.append_text(layout(part.table, width, ascii_only=ascii_only))
+        if part.cards:
+            text.append("\n\n").append(lined([CARDS_HEAD], width, ascii_only=ascii_only).plain, "bold")
+            text.append("\n").append_text(layout(part.cards, width, ascii_only=ascii_only))
+        if part.ends:
+            text.append("\n\n").append_text(lined(part.ends, width, ascii_only=ascii_only))
+        if part.sentences:
+            said = summary_text(part.sentences, width, ascii_only=ascii_only)
+            said.stylize("bold")
+            text.append("\n\n").append_text(said)
     return text
 
 
-def _head(results: Sequence[BenchmarkResult], width: int) -> Text:
+def _head(results: Sequence[BenchmarkResult], axes: Sequence[Axis]) -> str:
     row = results[0]
     config = row.config if isinstance(row.config, Mapping) else {}
     words = [f"Longest context, mode {fmt.plain(row.mode)}"]
-    words += [f"{name} {config[key]}" for key, name in (("batch_size", "batch"), ("d_model", "D"), ("n_heads", "H"))]
-    return lined([", ".join(words)], width, ascii_only=True)
+    known = {"batch_size": "batch", "d_model": "D", "n_heads": "H"}
+    varied = {axis.name for axis in axes}
+    words += [f"{name} {config[key]}" for key, name in known.items() if key not in varied and key in config]
+    layers = config.get("layers", 1)
+    return ", ".join([*words, *([f"{layers} layers"] if layers != 1 and "layers" not in varied else [])])
 
 
-def _table(found: Sequence[Frontier], width: int, *, ascii_only: bool) -> Text:
+def _axis_columns(things: Sequence[BenchmarkResult | Cell], axes: Sequence[Axis]) -> list[Column]:
+    """What the searches differ in besides their block."""
+    return [
+        Column(
+            header=axis.header,
+            cells=[fmt.shorten(fmt.plain(axis.figure.format(axis.of(thing))), 12) for thing in things],
+            right=False,
+        )
+        for axis in axes
+    ]
+
+
+def _names(found: Sequence[Frontier], axes: Sequence[Axis]) -> list[Column]:
+    names = [fmt.plain(f.block if axes else f.name) for f in found]
+    first = Column(header="block", cells=names, right=False, flexible=True)
+    return [*_axis_columns([f.row for f in found], axes), first]
+
+
+def _columns(found: Sequence[Frontier], axes: Sequence[Axis]) -> list[Column]:
     per_token = [positive(f.peak and f.fits and f.peak.at(f.fits) / f.fits) for f in found]
-    columns = [
-        Column(header="block", cells=[fmt.plain(f.name) for f in found], right=False, flexible=True),
+    # The peak of a step is noise; what a context costs there is the state.
+    grows = "state" if found[0].mode == "decode" else "peak"
+    return [
+        *_names(found, axes),
         Column(header="fits", cells=[f"{f.fits:,}" if f.fits else fmt.NONE for f in found]),
         Column(header="too long", cells=[f"{f.fails:,}" if f.fails else fmt.NONE for f in found], keep=6),
         Column(header="ended by", cells=[reason(f) for f in found], keep=8, right=False),
         Column(header="memory", cells=[fmt.memory(f.needed_bytes) for f in found], keep=7),
         Column(header="call", cells=[fmt.duration(f.call_s) for f in found], keep=4),
-        Column(header="peak/token", cells=[fmt.memory(value) for value in per_token], keep=3),
-        Column(header="peak k", cells=[exponent(f.peak) for f in found], keep=5),
+        Column(header=f"{grows}/token", cells=[fmt.memory(value) for value in per_token], keep=3),
+        Column(header=f"{grows} k", cells=[exponent(f.peak) for f in found], keep=5),
         Column(header="fit", cells=[kind(f.peak) for f in found], keep=1, right=False),
     ]
-    return layout(columns, width, ascii_only=ascii_only)
 
 
-def _cards(found: Sequence[Frontier], width: int, *, ascii_only: bool) -> Text:
-    columns = [Column(header="block", cells=[fmt.plain(f.name) for f in found], right=False, flexible=True)]
+def _card_columns(found: Sequence[Frontier], axes: Sequence[Axis]) -> list[Column]:
+    columns = _names(found, axes)
     for gib in CARD_GIB:
         held = [f.would_hold(gib * fmt.GIB) for f in found]
         cells = [f"~{about(tokens)}" if tokens else fmt.NONE if tokens is None else "none" for tokens in held]
         columns.append(Column(header=f"{gib} GiB", cells=cells))
-    return layout(columns, width, ascii_only=ascii_only)
+    return columns
 
 
 def reason(frontier: Frontier) -> str:
@@ -178,16 +243,31 @@ def device_bytes(results: Sequence[BenchmarkResult]) -> float | None:
     return positive(environment.get(name))
 
 
-def sentence(found: Sequence[Frontier]) -> str:
+def sentences(found: Sequence[Frontier]) -> list[str]:
+    """A sentence on each setting in which a block that mixes fits, under its name where there are several."""
+    settings: dict[tuple, list[Frontier]] = {}
+    for each in found:
+        settings.setdefault(setting(each.row), []).append(each)
+    axes = varying(each.row for each in found)
+    said = {key: _sentence(group) for key, group in settings.items()}
+    lines = [
+        f"{fmt.plain(in_words(settings[key][0].row, axes)).capitalize()}: {line}" if axes else line
+        for key, line in said.items()
+        if line
+    ]
+    return lines[:MOST_SETTINGS]
+
+
+def _sentence(found: Sequence[Frontier]) -> str:
     """Who goes furthest of the blocks that mix, and how much further than Dense; empty where nothing can be said."""
     mixing = sorted((f for f in found if f.fits and f.block not in FRAME), key=lambda f: -f.fits)
     dense = next((f for f in found if f.block == "Dense" and f.fits), None)
     if not mixing:
         return ""
     best = mixing[0]
-    level = [f.name for f in mixing[1:] if f.fits >= 0.95 * best.fits]
+    level = [f.block for f in mixing[1:] if f.fits >= 0.95 * best.fits]
     open_ended = best.limit in ("time", "length", "unfinished") or not best.finished
-    text = f"{fmt.plain(best.name)} goes {'furthest, ' if len(mixing) > 1 else ''}to "
+    text = f"{fmt.plain(best.block)} goes {'furthest, ' if len(mixing) > 1 else ''}to "
     text += f"{'at least ' if open_ended else ''}{best.fits:,} tokens"
     if level:
         text += f", level with {', '.join(map(fmt.plain, level))}"
@@ -204,6 +284,7 @@ def limits_document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
                 "name": f.name,
                 "block_name": f.block,
                 "mode": f.mode,
+                **{axis.name: axis.of(f.row) for axis in AXES if axis.name in DOCUMENTED},
                 "longest": f.fits or None,
                 "too_long": f.fails,
                 "limit": f.limit,

@@ -31,6 +31,7 @@ from longctx.terminal.findings import (
     time_word,
 )
 from longctx.terminal.format import percent, plain
+from longctx.terminal.limits import CARDS_HEAD, limits_parts
 from longctx.terminal.roofline import ROOFLINE_HEAD, has_roof, roofline_columns
 from longctx.terminal.tables import MODE_HEADS, Column, lightning_of
 
@@ -72,6 +73,21 @@ def to_markdown(
         ]
         parts.append("\n".join(lines))
     parts += map(markdown_text, said)
+    if environment:
+        parts.append(markdown_text(environment))
+    return "\n\n".join(parts) + "\n"
+
+
+def limits_markdown(results: Sequence[BenchmarkResult], *, environment: str = "") -> str:
+    """The answer of `longctx limits` in Markdown: what its screen shows."""
+    parts = []
+    for part in limits_parts(results):
+        parts += [f"**{markdown_text(part.head)}**", columns_table(part.table)]
+        if part.cards:
+            parts += [markdown_text(CARDS_HEAD), columns_table(part.cards)]
+        if part.ends:
+            parts.append("\n".join(f"- {markdown_text(line)}" for line in part.ends))
+        parts += map(markdown_text, part.sentences)
     if environment:
         parts.append(markdown_text(environment))
     return "\n\n".join(parts) + "\n"

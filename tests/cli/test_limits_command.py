@@ -44,8 +44,8 @@ def search(monkeypatch):
     """Stands in for the engine: `ends` says how far each block goes and what ends it."""
     asked = types.SimpleNamespace(calls=[], ends={"Dense": (16384, "timeout"), "BLADE": (65536, "oom")})
 
-    def run_limits(blocks, config, *, resolution, max_length, on_event, command):
-        asked.calls.append((blocks, config, resolution, max_length))
+    def run_limits(blocks, config, *, resolution, max_length, vary, on_event, command):
+        asked.calls.append((blocks, config, resolution, max_length, vary))
         cells = {block.name: cell for block in parse_blocks(asked.ends) for cell in config.cells([block], dtype="fp32")}
         environment = {"cpu": "A processor", "torch": "2.13.0"}
         on_event(SweepStarted(cells=(), rounds=1, environment=environment, path="out/limits.json"))
@@ -89,9 +89,9 @@ def test_options_reach_the_search(search, call):
     done = call(
         "limits", "--blocks", "BLADE", "--mode", "train", "--max-length", "1M", "--resolution", "0.1", "--quiet"
     )
-    ((blocks, config, resolution, longest),) = search.calls
+    ((blocks, config, resolution, longest, vary),) = search.calls
     assert done.exit_code == 0 and done.stderr == ""
-    assert (blocks, config.mode, resolution, longest) == (["BLADE"], "train", 0.1, 1 << 20)
+    assert (blocks, config.mode, resolution, longest, vary) == (["BLADE"], "train", 0.1, 1 << 20, {})
     assert "reproduce: longctx limits --blocks BLADE --mode train" in done.stdout
 
 
@@ -147,5 +147,40 @@ def test_a_saved_search_can_be_read_again_and_is_no_sweep(call, tmp_path):
     assert "BLADE goes to 65,536 tokens" in call("report", str(path)).stdout
     (run,) = json.loads(call("report", str(path), "--json").stdout)["runs"]
     assert run["limits"][0]["longest"] == 65536
+    pasted = call("report", str(path), "--markdown").stdout
+    for words in ("| block | fits | too long |", "| BLADE | 65,536 | 131,072 | memory |", "| block | 24 GiB |"):
+        assert words in pasted
+    assert pasted.rstrip().endswith("A processor, fp32, torch 2.13.0") and "\nBLADE goes to 65,536 tokens" in pasted
     for words in (["report", str(path), "--markdown"], ["report", str(path), "--csv"], ["plot", str(path)]):
         assert call(*words).exit_code == 0
+
+
+@pytest.mark.parametrize("columns", ["120", "80", "50"])
+def test_every_mode_and_setting_has_a_limit_of_its_own(call, tmp_path, columns):
+    rows = []
+    for mode, batch, longest in (("forward", 1, 65536), ("forward", 4, 16384), ("train", 1, 8192), ("train", 4, 2048)):
+        for row in [*rows_of("Dense", longest // 2, "oom"), *rows_of("BLADE", longest, "oom")]:
+            config = row.config | {"batch_size": batch}
+            rows.append(dataclasses.replace(row, mode=mode, batch_size=batch, config=config).to_json())
+    path = tmp_path / "limits-now.json"
+    path.write_text(json.dumps(rows))
+    shown = call("report", str(path), COLUMNS=columns).stdout
+    flat = " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= int(columns)
+    assert flat.count("Longest context, mode") == 2 and "mode train, D 512, H 8" in flat
+    assert "Batch 1: BLADE goes to 65,536 tokens; Dense to 32,768." in flat
+    assert "Batch 4: BLADE goes to 2,048 tokens; Dense to 1,024." in flat
+    found = json.loads(call("report", str(path), "--json").stdout)["runs"][0]["limits"]
+    assert [(one["mode"], one["batch_size"], one["longest"]) for one in found[-2:]] == [
+        ("train", 4, 1024),
+        ("train", 4, 2048),
+    ]
+    assert "| 4 | BLADE | 2,048 | 4,096 | memory |" in call("report", str(path), "--markdown").stdout
+
+
+def test_several_modes_and_batches_reach_the_search(search, call):
+    call(
+        "limits", "--blocks", "BLADE", "--mode", "train", "decode", "--batch-size", "1", "4", "--layers", "2", "--quiet"
+    )
+    ((_, config, _, _, vary),) = search.calls
+    assert vary == {"mode": ["train", "decode"], "batch_size": [1, 4]} and config.layers == 2

@@ -153,6 +153,21 @@ def test_a_search_goes_on_where_it_was_interrupted(mine, tmp_path):
     assert (one.fits, one.limit) == (4096, "length") and not calls.exists()
 
 
+def test_each_setting_is_searched_by_itself_and_taken_up_again(mine, tmp_path):
+    config = BenchmarkConfig(d_model=8, n_heads=2, threads=1, timeout=60, output_file=f"{tmp_path}/r.json", resume=True)
+    how = {"max_length": 2048, "vary": {"mode": ["forward", "train"], "batch_size": [1, 2]}}
+    rows = run_limits(["Identity"], config, **how)
+    assert [(f.mode, f.row.batch_size, f.fits, f.limit) for f in frontiers(rows)] == [
+        ("forward", 1, 2048, "length"),
+        ("forward", 2, 2048, "length"),
+        ("train", 1, 2048, "length"),
+        ("train", 2, 2048, "length"),
+    ]
+    tried = []
+    again = run_limits(["Identity"], config, **how, on_event=lambda event: tried.append(type(event)))
+    assert CellStarted not in tried and len(again) == len(rows) == 8
+
+
 def test_a_length_that_would_take_too_long_is_not_tried(monkeypatch):
     search = module._Search([], limits_defaults(), resolution=0.05, max_length=None, on_event=None, command="")
     cell = module.Cell(block=module.BlockRequest(target="Dense"), length=8192)
