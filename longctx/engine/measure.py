@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -293,6 +294,8 @@ def fault_of(error: BaseException) -> dict[str, Any]:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in lower for words in _OOM_WORDS)
     ):
+        if asked := re.search(r"tried to allocate (\d+) bytes", text):
+            text = f"there was no room for another {int(asked[1]) / 2**30:,.2f} GiB"
         # What was measured before is not the whole cell.
         return {"status": "oom", "samples_round": [], "error": {"type": kind, "message": _first_lines(text)}}
     if isinstance(error, NotImplementedError) or (

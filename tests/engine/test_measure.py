@@ -192,7 +192,7 @@ def test_phases_that_are_not_planned_are_not_done():
     [
         ("Dropping", "wrong", "two outputs"),
         ("OutOfMemory", "oom", "1 TiB"),
-        ("HostOutOfMemory", "oom", ""),
+        ("HostOutOfMemory", "oom", "no room for another"),
         ("NotForThis", "unsupported", "Half"),
         ("Raising", "failed", "ValueError in blocks_of_mine.py, line"),
         ("Raising", "failed", "what is this"),
