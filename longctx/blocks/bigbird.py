@@ -27,6 +27,10 @@ from longctx.ops.block_sparse_attention import (
     kernel_fits,
     packed_block_sparse_attention,
 )
+from longctx.ops.key_values import project_into
+
+FEW_TOKENS = 256
+"""Below so many a copy of their keys and values costs less than a product of their own."""
 
 
 @dataclass
@@ -152,12 +156,10 @@ class BigBirdBlock(PreNormBlock):
     # -- the mixer ------------------------------------------------------------------------------------------
 
     def mix(self, u: Tensor, state: BigBirdState | None, keep_state: bool) -> tuple[Tensor, BigBirdState | None]:
-        qkv = self.qkv_proj(u)
-        q, k, v = self.split_qkv(qkv)
-        state = self._state(u.shape[0], k) if state is None else state
-        if state.keys.shape[0] != u.shape[0]:
+        if state is not None and state.keys.shape[0] != u.shape[0]:
             raise UsageError(f"the state is of a batch of {state.keys.shape[0]}, the input of {u.shape[0]}")
-        start, length = state.position, state.position + u.shape[1]
+        start = 0 if state is None else state.position
+        length = start + u.shape[1]
         sparse = BlockSparse(
             pattern=self.pattern,
             plan=self.plan(length),
@@ -166,8 +168,14 @@ class BigBirdBlock(PreNormBlock):
             length=length,
         )
         dropout = self.dropout if self.training else 0.0
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)
         carried = start > 0 or keep_state
+        if carried and self._streams_in_rows(u):
+            q, state = self._project_rows(u, self._state(u.shape[0], u) if state is None else state)
+            attended = block_sparse_attention(q, state.keys, state.values, sparse, dropout=dropout)
+            return self.out_proj(attended.flatten(2)), state if keep_state else None
+        qkv = self.qkv_proj(u)
+        q, k, v = self.split_qkv(qkv)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
         in_place = fused(q, keys, values, sparse)
         if in_place and torch.is_grad_enabled():
             sparse = replace(sparse, readers=self._readers(length))
@@ -176,6 +184,7 @@ class BigBirdBlock(PreNormBlock):
             attended = packed_block_sparse_attention(qkv, self.n_heads, sparse, dropout=dropout)
             return self.out_proj(attended.flatten(2)), None
         if carried or not in_place:
+            state = self._state(u.shape[0], k) if state is None else state
             size = self.pattern.block_size
             keys, values = _append(state.keys, k, start, size), _append(state.values, v, start, size)
         attended = block_sparse_attention(q, keys, values, sparse, dropout=dropout)
@@ -186,7 +195,36 @@ class BigBirdBlock(PreNormBlock):
         check_counts(batch_size=batch_size)
         return self._state(batch_size, self.qkv_proj.weight)
 
+    def _streams_in_rows(self, u: Tensor) -> bool:
+        """Whether projections are written where the kernels read keys and values, rather than copied there."""
+        followed = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
+        return not followed and not torch.compiler.is_compiling() and kernel_fits(self.pattern, u, self.head_dim)
+
+    def _project_rows(self, u: Tensor, state: BigBirdState) -> tuple[Tensor, BigBirdState]:
+        """q `[B, t, H, K]` and the state with the keys and values of u `[B, t, D]`, without autograd."""
+        width, start, length = self.d_model, state.position, state.position + u.shape[1]
+        rows = _rows(state)
+        frozen = rows is not None and rows.is_inference() and not torch.is_inference_mode_enabled()
+        capacity = self.pattern.count(length) * self.pattern.block_size
+        room = state.keys.shape[2]
+        if rows is None or frozen or room < capacity:
+            grown = self._state(u.shape[0], u, max(capacity, 2 * room) if room < capacity else room)
+            for old, new in ((state.keys, grown.keys), (state.values, grown.values)):
+                new[:, :, :start] = old[:, :, :start]
+            state, rows = grown, _rows(grown)
+        new, weight = rows.flatten(2)[:, start:length], self.qkv_proj.weight
+        if u.shape[1] < FEW_TOKENS:
+            q, kv = self.qkv_proj(u).split([width, weight.shape[0] - width], dim=-1)
+            new.copy_(kv)
+        else:
+            q = F.linear(u, weight[:width])
+            project_into(u, weight[width:], out=new)
+        return q.unflatten(-1, (self.n_heads, -1)), BigBirdState(state.keys, state.values, length)
+
     def _state(self, batch_size: int, like: Tensor, capacity: int = 0) -> BigBirdState:
+        if self._streams_in_rows(like):
+            rows = like.new_empty(batch_size, capacity, 2, self.num_kv_heads, self.head_dim)
+            return BigBirdState(*(part.transpose(1, 2) for part in rows.unbind(2)), 0)
         shape = (batch_size, self.num_kv_heads, capacity, self.head_dim)
         return BigBirdState(like.new_empty(shape), like.new_empty(shape), 0)
 
@@ -211,6 +249,19 @@ class BigBirdBlock(PreNormBlock):
         return "gathered blocks, SDPA with bottom-right causal mask" if self.causal else "gathered blocks, SDPA"
 
 
+def _rows(state: BigBirdState) -> Tensor | None:
+    """The buffer `[B, capacity, 2, G, K]` that keys and values lie in side by side, as a projection gives them; None
+    if they lie apart."""
+    keys, values = state.keys, state.values
+    batch, groups, capacity, width = keys.shape
+    token = 2 * groups * width
+    strides = (capacity * token, width, token, 1)
+    beside = keys.data_ptr() + groups * width * keys.element_size() == values.data_ptr()
+    if not beside or not capacity or keys.stride() != strides or values.stride() != strides:
+        return None
+    return keys.as_strided((batch, capacity, 2, groups, width), (strides[0], token, groups * width, width, 1))
+
+
 def _append(kept: Tensor, new: Tensor, position: int, size: int) -> Tensor:
     """kept `[B, G, capacity, K]`, used up to `position`, and new `[B, t, G, K]` after it: a buffer with both.
 
@@ -222,7 +273,7 @@ def _append(kept: Tensor, new: Tensor, position: int, size: int) -> Tensor:
     if torch.is_grad_enabled():
         return F.pad(torch.cat([kept[:, :, :position], new], dim=2), (0, 0, 0, blocks_end - end))
     frozen = kept.is_inference() and not torch.is_inference_mode_enabled()
-    if kept.shape[2] < blocks_end or frozen:
+    if kept.shape[2] < blocks_end or frozen or not kept.is_contiguous():
         grown = kept.new_empty(*kept.shape[:2], max(blocks_end, 2 * kept.shape[2]), kept.shape[3])
         grown[:, :, :position] = kept[:, :, :position]
         kept = grown

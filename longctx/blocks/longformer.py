@@ -23,7 +23,7 @@ from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.dense_attention import dense_attention
-from longctx.ops.key_values import KeyValues
+from longctx.ops.key_values import KeyValues, project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 
@@ -169,18 +169,18 @@ class LongformerBlock(PreNormBlock):
         return LongformerStream(live=live, seen=state.seen, first=state.first, reach=recent.reach)
 
     def mix(self, u: Tensor, state: LongformerState | None, keep_state: bool) -> tuple[Tensor, LongformerState | None]:
-        # Without autograd a causal sequence comes in slabs, and each carries the next on.
-        whole = not self.causal or (torch.is_grad_enabled() and state is None and not keep_state)
+        # Without autograd a long causal sequence comes in slabs, and each carries the next on.
+        whole = not self.causal or (state is None and not keep_state)
         mixed = (self._mix_whole(u), None) if whole else self._mix_causal(u, state, keep_state)
         return self.out_proj(mixed[0].flatten(2)), mixed[1]
 
     def _mix_causal(
         self, u: Tensor, state: LongformerState | None, keep_state: bool
     ) -> tuple[Tensor, LongformerState | None]:
-        if state is None and keep_state:
-            state = self.init_state(u.shape[0])
-        seen = 0 if state is None else state.seen
-        first = None if state is None else state.first
+        state = self.init_state(u.shape[0]) if state is None else state
+        if self._goes_in_place(u, state):
+            return self._mix_slab(u, state, keep_state)
+        seen, first = state.seen, state.first
         q, kv = self._project(self.qkv_proj, u)
         head = min(max(self.num_global_tokens - seen, 0), u.shape[1])
         parts = []
@@ -188,23 +188,50 @@ class LongformerBlock(PreNormBlock):
             # Global rows see each other alone, through their own projection.
             global_q, rows = self._project(self.qkv_global_proj, u[:, :head])
             first = _join(first, kv[:, :head])
-            if state is not None:
-                rows = _join(state.first_rows, rows)
-                state.first_rows = rows if seen + head < self.num_global_tokens else None
+            rows = _join(state.first_rows, rows)
+            state.first_rows = rows if seen + head < self.num_global_tokens else None
             parts.append(self._attend(global_q, rows, window_size=rows.shape[1], dilation=1))
         if head < u.shape[1]:
-            q, kv = q[:, head:], kv[:, head:]
-            if state is not None:
-                kv = state.recent.append(kv)
+            q, kv = q[:, head:], state.recent.append(kv[:, head:])
             parts.append(self._attend_window(q, kv, first, state))
-        if state is not None:
-            state.seen, state.first = seen + u.shape[1], first
+        state.seen, state.first = seen + u.shape[1], first
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), state if keep_state else None
 
-    def _attend_window(self, q: Tensor, kv: Tensor, first: Tensor | None, state: LongformerState | None) -> Tensor:
+    def _goes_in_place(self, u: Tensor, state: LongformerState) -> bool:
+        """Whether to write a projection behind the keys carried on: not for a few tokens, which would move more than
+        they are, nor where the globals come in pieces."""
+        followed = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
+        apart = state.seen == 0 or state.seen >= self.num_global_tokens
+        return not followed and not torch.compiler.is_compiling() and apart and u.shape[1] >= state.recent.reach
+
+    def _mix_slab(self, u: Tensor, state: LongformerState, keep_state: bool) -> tuple[Tensor, LongformerState | None]:
+        """A long slab without autograd: its projection becomes the buffer of keys and values, into which nothing has
+        to be moved but the last of those before it."""
+        recent, seen, heads = state.recent, state.seen, self.n_heads
+        kept = min(recent.alive, recent.reach)
+        rows = u.new_empty(u.shape[0], kept + u.shape[1], heads + 2 * self.num_kv_heads, self.head_dim)
+        project_into(u, self.qkv_proj.weight, out=rows.flatten(2)[:, kept:])
+        kv = rows[:, :, heads:].unflatten(2, (2, -1))
+        if kept:
+            kv[:, :kept] = recent.buffer[:, recent.end - kept : recent.end]
+        head = 0
+        if seen:
+            mixed = self._attend(rows[:, kept:, :heads], kv, first=state.first if self.num_global_tokens else None)
+        else:
+            head = min(self.num_global_tokens, u.shape[1])
+            state.first = kv[:, :head].clone()
+            mixed = self._mix_rows(u, rows, head, state)
+        state.seen = seen + u.shape[1]
+        if keep_state:
+            last = kv[:, max(head, kv.shape[1] - recent.reach) :].clone()
+            count = last.shape[1]
+            state.recent = replace(recent, buffer=last, end=count, alive=count, shared=True)
+        return mixed, state if keep_state else None
+
+    def _attend_window(self, q: Tensor, kv: Tensor, first: Tensor, state: LongformerState) -> Tensor:
         if not self.num_global_tokens:
             return self._attend(q, kv)
-        if q.shape[1] == 1 and self.dilation == 1 and state is not None and not state.recent.shared:
+        if q.shape[1] == 1 and self.dilation == 1 and not state.recent.shared:
             # A single token sees every row there is: with the globals in front of the window, one call does.
             return self._attend(q, state.recent.with_lead(first), window_size=kv.shape[1] + first.shape[1])
         return self._attend(q, kv, first=first)
@@ -236,11 +263,18 @@ class LongformerBlock(PreNormBlock):
     def _mix_whole(self, u: Tensor) -> Tensor:
         """Attention of a whole sequence, nothing carried: u `[B, T, D]` -> `[B, T, H, K]`."""
         qkv = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))
-        head = min(self.num_global_tokens, u.shape[1])
+        return self._mix_rows(u, qkv, min(self.num_global_tokens, u.shape[1]))
+
+    def _mix_rows(self, u: Tensor, qkv: Tensor, head: int, state: LongformerState | None = None) -> Tensor:
+        """The same from the projection qkv `[B, T, H + 2G, K]`. state: is told the rows of the `head` globals."""
         dropout_p = self.dropout if self.training else 0.0
         rows = None
         if head and self.causal:
-            rows = self._attend(*self._project(self.qkv_global_proj, u[:, :head]), window_size=head, dilation=1)
+            # Global rows see each other alone, through their own projection.
+            q, kv = self._project(self.qkv_global_proj, u[:, :head])
+            rows = self._attend(q, kv, window_size=head, dilation=1)
+            if state is not None:
+                state.first_rows = kv.clone() if head < self.num_global_tokens else None
         elif head:
             weights = self.qkv_global_proj.weight
             global_q = F.linear(u[:, :head], weights[: self.d_model]).unflatten(-1, (self.n_heads, self.head_dim))

@@ -17,7 +17,7 @@ ENDLESS = 1 << 62
 def project_into(u: Tensor, weight: Tensor, *, out: Tensor) -> None:
     """out = u @ weight^T, without autograd: u `[B, t, D]`, weight `[E, D]`, out `[B, t, E]`.
 
-    out may be a stretch of a longer buffer, behind what is carried on: nothing is moved then.
+    out may be a stretch of a longer buffer, behind what is carried on, which then need not move.
     """
     width = out.shape[2]
     if out.is_contiguous():

@@ -127,7 +127,8 @@ def _grad_queries(
     lower = inside[:, None] >= inside[None, :]
     acc = tl.zeros((SIZE, K), tl.float32)
     acc = add_to_queries(q, k, v, above, total, product, lower, let, scale, lift, acc, True, DROPOUT)
-    for entry in range(GLOBALS + PICKS + WINDOW - 1):
+    # A hole in a list reads block 0, and hides it: the first block, which may be cut off, has nothing else.
+    for entry in range(tl.where(block > 0, GLOBALS + PICKS + WINDOW - 1, 0)):
         listed = nth_of_list(plan, block, entry, GLOBALS, PICKS, WINDOW)
         at_keys = tl.maximum(listed, 0) * SIZE
         k = load_rows(keys, at_keys, k_token, there, SIZE, K, False)

@@ -129,7 +129,8 @@ def _list(
         let = kept(seed, lane, rows[:, None], rows[None, :], dropout)
     lower = inside[:, None] >= inside[None, :]
     top, total, acc = add(q, k, v, lower, let, scale, top, total, acc, True, DROPOUT)
-    for entry in range(GLOBALS + PICKS + WINDOW - 1):
+    # A hole in a list reads block 0, and hides it: the first block, which may be cut off, has nothing else.
+    for entry in range(tl.where(block > 0, GLOBALS + PICKS + WINDOW - 1, 0)):
         listed = nth_of_list(plan, block, entry, GLOBALS, PICKS, WINDOW)
         at = tl.maximum(listed, 0) * SIZE
         k = load_rows(keys, at, k_token, there, SIZE, K, False)

@@ -41,7 +41,9 @@ def packed_window(
     globals, and their window stops short of them. Differentiable.
     """
     seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
-    return _packed_window(qkv, rows, heads, left, right, dropout_p, seed)[0]
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (qkv.requires_grad or rows is not None)):
+        return _packed_window(qkv, rows, heads, left, right, dropout_p, seed)[0]
+    return _run_window(qkv, rows, heads, left, right, dropout_p, seed, keep_sums=False)[0]
 
 
 def packed_lists(qkv: Tensor, heads: int, sparse: BlockSparse, dropout: float = 0.0) -> Tensor:
@@ -73,12 +75,26 @@ def _empty(qkv: Tensor, heads: int, head: int = 0) -> tuple[Tensor, Tensor]:
 def _window_forward(
     qkv: Tensor, rows: Tensor | None, heads: int, left: int, right: int, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    return _run_window(qkv, rows, heads, left, right, dropout_p, seed, keep_sums=True)
+
+
+def _run_window(
+    qkv: Tensor,
+    rows: Tensor | None,
+    heads: int,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    keep_sums: bool,
+) -> tuple[Tensor, Tensor]:
     head = 0 if rows is None else rows.shape[1]
     out = qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
     if rows is not None:
         out[:, :head] = rows
-    inputs = _behind(qkv, heads, head)
-    return out, window.run_forward(*inputs, left, right, dropout_p, seed, out=out[:, head:] if head else out)[1]
+    how = {"keep_sums": keep_sums, "out": out[:, head:] if head else out}
+    return out, window.run_forward(*_behind(qkv, heads, head), left, right, dropout_p, seed, **how)[1]
 
 
 def _window_backward(

@@ -48,6 +48,7 @@ INTERPRETED = [
     {"length": 80, "num_random_blocks": 0, "num_window_blocks": 1},
     {"length": 70, "num_global_blocks": 0, "batch": 2},
     {"length": 17},
+    {"length": 5},
 ]
 
 
@@ -62,10 +63,12 @@ def kernel_case(*, device, dtype, start=0, length=1500, width=64, groups=2, head
     plan = draw_random_blocks(pattern, seed=3, n_heads=heads, n_blocks=n_blocks + 1)
     plan[:, 5:9, :1] = -1  # a plan that a user gave may have holes
     sparse = BlockSparse(pattern=pattern, plan=plan, complete=range(0), start=start, length=length)
-    for x in (k, v):
-        x[:, :, length:] = 0.0
     there = dataclasses.replace(sparse, plan=plan.to(device))
-    return (*(x.double() for x in (q, k, v)), sparse), (*(x.to(device) for x in (q, k, v)), there)
+    exact = [x.double() for x in (q, k, v)]
+    for x, y in zip(exact[1:], (k, v), strict=True):
+        x[:, :, length:] = 0.0
+        y[:, :, length:] = float("nan")  # which the kernels may not even hide behind a weight of zero
+    return (*exact, sparse), (*(x.to(device) for x in (q, k, v)), there)
 
 
 def visible_keys(sparse):
@@ -132,10 +135,10 @@ def check_dropout(device, dtype, tolerance):
 
 def check_packed(device, dtype, tolerance, **options):
     """A projection in one tensor: the same, and its gradient is that of its parts."""
-    _, (q, k, v, sparse) = kernel_case(device=device, dtype=dtype, **options)
+    exact, (q, k, v, sparse) = kernel_case(device=device, dtype=dtype, **options)
     near = [q, *(x.transpose(1, 2)[:, : sparse.length] for x in (k, v))]
     upstream = torch.randn_like(q)
-    expected = results(block_sparse_attention, (*(x.double() for x in (q, k, v)), sparse), upstream)
+    expected = results(block_sparse_attention, exact, upstream)
     qkv = torch.cat(near, dim=2).requires_grad_()
     out = packed_block_sparse_attention(qkv, q.shape[2], sparse)
     (grad,) = torch.autograd.grad(out, qkv, upstream)
