@@ -103,7 +103,11 @@ def sweep(
     ] = False,
     cuda_graph: Annotated[
         bool,
-        typer.Option("--cuda-graph", help="Time the replay of a captured CUDA graph.", rich_help_panel=options.RUNS),
+        typer.Option(
+            "--cuda-graph",
+            help="Time the replay of a captured CUDA graph: forward, train.",
+            rich_help_panel=options.RUNS,
+        ),
     ] = False,
     no_memory_profile: options.NoMemoryProfile = False,
     no_gate: Annotated[

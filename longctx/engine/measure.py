@@ -34,6 +34,8 @@ POOL_BYTES = 256 << 20
 FLUSHES_ITSELF_BYTES = 1 << 30
 """An input of this size leaves nothing of an earlier call in any L2 cache: no flush, no memory for it."""
 
+GRAPH_MODES = ("forward", "train")
+
 _OOM_WORDS = (
     "out of memory",
     "defaultcpuallocator",
@@ -165,7 +167,7 @@ def _measure(
         found["path"] = loaded.path
         if timing.device_sync_mismatch:
             raise _Escaped(timing.device_sync_mismatch)
-        if cell.mode == "train":
+        if cell.mode == "train" and not plan.cuda_graph:
             found["forward_share"] = forward_share(run, device=device, call_s=timing.median)
         if run.state_bytes is not None:
             found["state_bytes"] = run.state_bytes
@@ -265,9 +267,9 @@ def _time(
 
 
 def _captured(run: Run) -> Callable[[], None]:
-    """The call as a CUDA graph, to be replayed on the input it was captured with."""
-    if run.cell.mode != "forward":
-        raise NotImplementedError(f"a CUDA graph is measured in mode forward, not {run.cell.mode}")
+    """The call as a CUDA graph, to be replayed on the input it was captured with; of a training step the whole."""
+    if run.cell.mode not in GRAPH_MODES:
+        raise NotImplementedError(f"a CUDA graph is measured in mode {' or '.join(GRAPH_MODES)}, not {run.cell.mode}")
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -293,6 +293,20 @@ def test_every_mode_on_a_gpu(mode, name):
         assert found["peak_memory_mb"] < 2048 * 512 * 2 / 2**20 * (4 if name == "BLADE" else 1)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("name", ["Dense", "BLADE", "DPASSM", "Longformer"])
+def test_a_replayed_cell_waits_for_no_host(mode, name):
+    device = torch.device("cuda", torch.cuda.current_device())
+    cell = Cell(block=BlockRequest(target=name), length=2048, dtype="bf16", mode=mode)
+    plan, config = Plan(runs=20, exact=True, cuda_graph=True), BenchmarkConfig().to_json()
+    found = measure_cell(cell, plan, device=device, config=config, gate_cache={}, emit=lambda event: None)
+    assert found["status"] == "ok", found["error"]
+    assert "launch_bound" not in found["warnings"]
+    # A replay has no moment between its two parts.
+    assert found["forward_share"] is None
+
+
 def test_a_training_step_knows_its_forward_part(place):
     found = measure(f"{place}:SlowBackward", mode="train", length=8)
     assert found["status"] == "ok", found["error"]
