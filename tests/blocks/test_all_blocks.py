@@ -1,57 +1,21 @@
-"""What every block promises, for every block there is: a new file in `blocks/` needs no edit here."""
+"""What every block promises, for every block there is: a new file in `blocks/` needs no edit here.
+
+Values, what is refused, memory, global state; test_all_streams.py and test_all_gradients.py have the rest.
+"""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from every_block import NAMES, OTHER, SMALL, WITH_CAUSAL, LargestTensor, every_block, make, reference, relative, tokens
 
 from longctx import blocks
 from longctx.blocks import _shell
 from longctx.errors import LongctxError
-
-# Options are made small by name, so that short sequences span many windows, chunks and blocks.
-SMALL = {"window_size": 16, "chunk_size": 16, "block_size": 8, "state_dim": 6}
-# And again with those that are off or trivial by default.
-OTHER = {**SMALL, "num_global_tokens": 3, "dilation": 2, "num_random_blocks": 1, "num_global_blocks": 1}
-
-NAMES = blocks.names()
-# Identity takes the option with the rest of the shell, but has nothing that could look ahead.
-WITH_CAUSAL = [name for name in NAMES if name != "Identity" and "causal" in blocks.load(name).defaults]
-every_block = pytest.mark.parametrize("name", NAMES)
-
-
-def make(name: str, options=SMALL, *, d_model=32, n_heads=4, device=None, dtype=torch.float64, **more):
-    """A block with weights that leave nothing neutral: no norm at one, no bias at zero."""
-    defaults = blocks.load(name).defaults
-    options = {key: value for key, value in options.items() if key in defaults}
-    block = blocks.build(name, d_model=d_model, n_heads=n_heads, device=device, dtype=dtype, **{**options, **more})
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return block
-
-
-def tokens(length: int, *, batch=2, d_model=32, device=None, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(batch, length, d_model, device=device, dtype=dtype)
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
-
-
-def reference(block, x: torch.Tensor) -> torch.Tensor:
-    """The reference of `block` in fp64, on the same weights."""
-    with torch.no_grad():
-        return blocks.load(type(block).__name__.removesuffix("Block")).reference(
-            copy.deepcopy(block).double().eval(), x.double()
-        )[0]
-
 
 # -- values --------------------------------------------------------------------------------------------------
 
@@ -179,160 +143,6 @@ def test_rows_of_a_batch_are_independent(name):
         assert relative(together, alone) < 1e-12
 
 
-# -- streams -------------------------------------------------------------------------------------------------
-
-
-@every_block
-@pytest.mark.parametrize("options", [SMALL, OTHER], ids=["small", "other"])
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_any_split_of_a_stream_is_the_whole(name, options, grad):
-    block, x = make(name, options), tokens(101)
-    want = reference(block, x)
-    for sizes in ([1, 7, 93], [15, 1, 16, 17, 52], [100, 1], [33] * 3 + [2]):
-        for start in (None, block.init_state(2)):
-            state, pieces = start, []
-            with torch.set_grad_enabled(grad):
-                for piece in x.split(sizes, dim=1):
-                    y, state = block(piece, state)
-                    pieces.append(y)
-            assert relative(torch.cat(pieces, 1), want) < 1e-9
-
-
-@every_block
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_step_is_forward_of_one_token(name, num_kv_heads, grad):
-    block, x = make(name, OTHER, num_kv_heads=num_kv_heads), tokens(80)
-    want = reference(block, x)
-    state, pieces = block.init_state(2), []
-    with torch.set_grad_enabled(grad):
-        for t in range(80):
-            y, state = block.step(x[:, t : t + 1], state)
-            assert y.shape == (2, 1, 32)
-            pieces.append(y)
-    assert relative(torch.cat(pieces, 1), want) < 1e-9
-
-
-@every_block
-def test_forward_leaves_the_given_state_as_it_was(name):
-    block, x = make(name), tokens(60)
-    want = block(x)[0][:, 40:]
-    with torch.no_grad():
-        _, state = block(x[:, :40])
-        block(tokens(9), state)
-        y, _ = block(x[:, 40:], state)
-    assert relative(y, want) < 1e-9
-
-
-@every_block
-def test_a_state_goes_from_one_mode_to_another(name):
-    block, x = make(name), tokens(60)
-    want, _ = block(x)
-    with torch.inference_mode():
-        first, state = block(x[:, :20])
-        first = first.clone()
-    with torch.no_grad():
-        second, state = block(x[:, 20:40], state)
-        for t in (40, 41):
-            third, state = block.step(x[:, t : t + 1], state)
-    last, _ = block(x[:, 42:].clone().requires_grad_(), state)
-    last.sum().backward()
-    assert relative(second, want[:, 20:40]) < 1e-9
-    assert relative(third, want[:, 41:42]) < 1e-9
-    assert relative(last, want[:, 42:]) < 1e-9
-
-
-@every_block
-def test_no_state_is_kept_when_none_is_asked_for(name):
-    block, x = make(name), tokens(63)
-    assert block(x)[1] is not None
-    assert block(x, keep_state=False)[1] is None
-    with torch.no_grad():
-        assert block(x)[1] is not None
-        assert block(x, keep_state=False)[1] is None
-
-
-# -- gradients -----------------------------------------------------------------------------------------------
-
-
-def gradients(block, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    wanted = {"x": x, **dict(block.named_parameters())}
-    found = torch.autograd.grad((y * weights).sum(), wanted.values(), allow_unused=True)
-    pairs = zip(wanted.items(), found, strict=True)
-    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
-
-
-@every_block
-@pytest.mark.parametrize("options", [SMALL, OTHER], ids=["small", "other"])
-@pytest.mark.parametrize("length", [1, 63])
-def test_gradients_are_those_of_the_reference(name, options, length):
-    block, x = make(name, options, num_kv_heads=2), tokens(length).requires_grad_()
-    weights = torch.randn_like(x)
-    want = gradients(block, x, blocks.load(name).reference(block, x)[0], weights)
-    pieces, state = [], None
-    for piece in x.split([1, *([20, 42] if length > 1 else [])], dim=1):
-        y, state = block(piece, state)
-        pieces.append(y)
-    for y in (block(x)[0], torch.cat(pieces, 1)):
-        got = gradients(block, x, y, weights)
-        scale = max(grad.norm() for grad in want.values())
-        for key in want:
-            assert (got[key] - want[key]).norm() < 1e-7 * max(want[key].norm(), 1e-3 * scale), key
-
-
-@every_block
-def test_gradients_flow_through_a_state_until_it_is_detached(name):
-    block = make(name)
-    first, second = tokens(20).requires_grad_(), tokens(17)
-    weights = torch.randn_like(second)
-
-    def reach(y):
-        (grad,) = torch.autograd.grad((y * weights).sum(), first, allow_unused=True)
-        return torch.zeros_like(first) if grad is None else grad
-
-    want = reach(block(torch.cat([first, second], 1))[0][:, 20:])
-    _, state = block(first)
-    y, _ = block(second, state)
-    assert torch.allclose(reach(y), want, rtol=1e-7, atol=1e-9)
-    _, state = block(first)
-    cut, _ = block(second, state.detach())
-    assert relative(cut, y) < 1e-12
-    assert reach(cut).count_nonzero() == 0
-
-
-@every_block
-def test_forward_and_backward_are_the_same_twice(name):
-    block, x = make(name, dtype=torch.float32), tokens(130, dtype=torch.float32).requires_grad_()
-    weights = torch.randn_like(x)
-    one, two = (gradients(block, x, block(x)[0], weights) for _ in range(2))
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        assert torch.equal(block(x)[0], block(x)[0])
-
-
-# -- dropout -------------------------------------------------------------------------------------------------
-
-
-@every_block
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_dropout_acts_in_training_and_is_silent_in_eval(name, grad):
-    plain, block, x = make(name), make(name, dropout=0.25), tokens(63)
-    block.load_state_dict(plain.state_dict())
-    with torch.set_grad_enabled(grad):
-        want, _ = plain(x)
-        one, two = block(x)[0], block(x)[0]
-        assert one.isfinite().all() and not torch.allclose(one, two)
-        torch.manual_seed(7)
-        again = block(x)[0]
-        torch.manual_seed(7)
-        assert torch.equal(block(x)[0], again)
-        block.eval()
-        random_state = torch.get_rng_state()
-        assert relative(block(x)[0], want) < 1e-12
-        assert torch.equal(torch.get_rng_state(), random_state)
-
-
 # -- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -416,21 +226,6 @@ def test_parameters_of_the_shell(name, num_kv_heads):
     assert wanted.items() <= shapes.items()
     assert "qkv_proj.bias" not in shapes
     assert isinstance(block.path, str) and block.path
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "Dense"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_all_blocks import NAMES, OTHER, SMALL, WITH_CAUSAL, every_block, gradients, make, tokens
+from every_block import NAMES, OTHER, SMALL, WITH_CAUSAL, every_block, gradients, make, tokens
 
 from longctx.blocks import _recompute
 from longctx.config import parse_blocks

@@ -1,0 +1,80 @@
+"""What every block promises of training: gradients, through states too, and dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_block import OTHER, SMALL, every_block, gradients, make, relative, tokens
+
+from longctx import blocks
+
+
+@every_block
+@pytest.mark.parametrize("options", [SMALL, OTHER], ids=["small", "other"])
+@pytest.mark.parametrize("length", [1, 63])
+def test_gradients_are_those_of_the_reference(name, options, length):
+    block, x = make(name, options, num_kv_heads=2), tokens(length).requires_grad_()
+    weights = torch.randn_like(x)
+    want = gradients(block, x, blocks.load(name).reference(block, x)[0], weights)
+    pieces, state = [], None
+    for piece in x.split([1, *([20, 42] if length > 1 else [])], dim=1):
+        y, state = block(piece, state)
+        pieces.append(y)
+    for y in (block(x)[0], torch.cat(pieces, 1)):
+        got = gradients(block, x, y, weights)
+        scale = max(grad.norm() for grad in want.values())
+        for key in want:
+            assert (got[key] - want[key]).norm() < 1e-7 * max(want[key].norm(), 1e-3 * scale), key
+
+
+@every_block
+def test_gradients_flow_through_a_state_until_it_is_detached(name):
+    block = make(name)
+    first, second = tokens(20).requires_grad_(), tokens(17)
+    weights = torch.randn_like(second)
+
+    def reach(y):
+        (grad,) = torch.autograd.grad((y * weights).sum(), first, allow_unused=True)
+        return torch.zeros_like(first) if grad is None else grad
+
+    want = reach(block(torch.cat([first, second], 1))[0][:, 20:])
+    _, state = block(first)
+    y, _ = block(second, state)
+    assert torch.allclose(reach(y), want, rtol=1e-7, atol=1e-9)
+    _, state = block(first)
+    cut, _ = block(second, state.detach())
+    assert relative(cut, y) < 1e-12
+    assert reach(cut).count_nonzero() == 0
+
+
+@every_block
+def test_forward_and_backward_are_the_same_twice(name):
+    block, x = make(name, dtype=torch.float32), tokens(130, dtype=torch.float32).requires_grad_()
+    weights = torch.randn_like(x)
+    one, two = (gradients(block, x, block(x)[0], weights) for _ in range(2))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(block(x)[0], block(x)[0])
+
+
+# -- dropout -------------------------------------------------------------------------------------------------
+
+
+@every_block
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_dropout_acts_in_training_and_is_silent_in_eval(name, grad):
+    plain, block, x = make(name), make(name, dropout=0.25), tokens(63)
+    block.load_state_dict(plain.state_dict())
+    with torch.set_grad_enabled(grad):
+        want, _ = plain(x)
+        one, two = block(x)[0], block(x)[0]
+        assert one.isfinite().all() and not torch.allclose(one, two)
+        torch.manual_seed(7)
+        again = block(x)[0]
+        torch.manual_seed(7)
+        assert torch.equal(block(x)[0], again)
+        block.eval()
+        random_state = torch.get_rng_state()
+        assert relative(block(x)[0], want) < 1e-12
+        assert torch.equal(torch.get_rng_state(), random_state)

@@ -1,0 +1,77 @@
+"""What every block promises of a stream: any split of a sequence, and single steps, are the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_block import OTHER, SMALL, every_block, make, reference, relative, tokens
+
+
+@every_block
+@pytest.mark.parametrize("options", [SMALL, OTHER], ids=["small", "other"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_any_split_of_a_stream_is_the_whole(name, options, grad):
+    block, x = make(name, options), tokens(101)
+    want = reference(block, x)
+    for sizes in ([1, 7, 93], [15, 1, 16, 17, 52], [100, 1], [33] * 3 + [2]):
+        for start in (None, block.init_state(2)):
+            state, pieces = start, []
+            with torch.set_grad_enabled(grad):
+                for piece in x.split(sizes, dim=1):
+                    y, state = block(piece, state)
+                    pieces.append(y)
+            assert relative(torch.cat(pieces, 1), want) < 1e-9
+
+
+@every_block
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_step_is_forward_of_one_token(name, num_kv_heads, grad):
+    block, x = make(name, OTHER, num_kv_heads=num_kv_heads), tokens(80)
+    want = reference(block, x)
+    state, pieces = block.init_state(2), []
+    with torch.set_grad_enabled(grad):
+        for t in range(80):
+            y, state = block.step(x[:, t : t + 1], state)
+            assert y.shape == (2, 1, 32)
+            pieces.append(y)
+    assert relative(torch.cat(pieces, 1), want) < 1e-9
+
+
+@every_block
+def test_forward_leaves_the_given_state_as_it_was(name):
+    block, x = make(name), tokens(60)
+    want = block(x)[0][:, 40:]
+    with torch.no_grad():
+        _, state = block(x[:, :40])
+        block(tokens(9), state)
+        y, _ = block(x[:, 40:], state)
+    assert relative(y, want) < 1e-9
+
+
+@every_block
+def test_a_state_goes_from_one_mode_to_another(name):
+    block, x = make(name), tokens(60)
+    want, _ = block(x)
+    with torch.inference_mode():
+        first, state = block(x[:, :20])
+        first = first.clone()
+    with torch.no_grad():
+        second, state = block(x[:, 20:40], state)
+        for t in (40, 41):
+            third, state = block.step(x[:, t : t + 1], state)
+    last, _ = block(x[:, 42:].clone().requires_grad_(), state)
+    last.sum().backward()
+    assert relative(second, want[:, 20:40]) < 1e-9
+    assert relative(third, want[:, 41:42]) < 1e-9
+    assert relative(last, want[:, 42:]) < 1e-9
+
+
+@every_block
+def test_no_state_is_kept_when_none_is_asked_for(name):
+    block, x = make(name), tokens(63)
+    assert block(x)[1] is not None
+    assert block(x, keep_state=False)[1] is None
+    with torch.no_grad():
+        assert block(x)[1] is not None
+        assert block(x, keep_state=False)[1] is None
