@@ -6,6 +6,7 @@ A file may set COMMAND (the name to type, if it is not the file's), ORDER (its p
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pkgutil
 from typing import Annotated, Any
@@ -58,15 +59,28 @@ longctx sysinfo                           is this machine fit to measure?
 
 def build() -> typer.Typer:
     """The program with all its commands."""
-    app = typer.Typer(cls=Program, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
-    app.callback(help=HELP)(root)
+    text = _paragraphs(HELP)
+    app = typer.Typer(cls=Program, no_args_is_help=True, pretty_exceptions_enable=False, help=text)
+    app.callback(help=text)(root)
     for module in _commands():
         name = getattr(module, "COMMAND", _short(module))
         function = getattr(module, _short(module))
-        app.command(name, cls=Command)(function)
+        text = _paragraphs(function.__doc__ or "")
+        app.command(name, cls=Command, help=text)(function)
         for alias in getattr(module, "ALIASES", ()):
-            app.command(alias, cls=Command, hidden=True)(function)
+            app.command(alias, cls=Command, hidden=True, help=text)(function)
     return app
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring whose paragraphs are a line each, for the terminal to break; one that \\b opens stays as it is.
+
+    Typer would keep all line breaks and break the lines once more.
+    """
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(
+        each.removeprefix("\b\n") if each.startswith("\b") else each.replace("\n", " ") for each in paragraphs
+    )
 
 
 def main() -> None:

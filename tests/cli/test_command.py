@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -180,6 +181,18 @@ def test_a_command_is_found_by_its_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def run(*words: str, code: str | None = None, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "longctx", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_help_breaks_its_lines_where_the_terminal_ends_and_nowhere_else(call) -> None:
+    lines = [line.rstrip() for line in plain(call("limits", "--help").stdout).splitlines()]
+    text = lines[: next(i for i, line in enumerate(lines) if "Options" in line)]
+    prose = next(i for i, line in enumerate(text) if line.startswith(" Lengths are"))
+    paragraph = text[prose : text.index("", prose)]
+    following = [line.split()[0] for line in paragraph[1:]]
+    assert all(len(line) + 1 + len(word) > 78 for line, word in zip(paragraph, following, strict=False))
+    # Examples stay as they are written, and nothing is doubled around them.
+    assert " longctx limits" in text
+    assert not any(first == second == "" for first, second in itertools.pairwise(text))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["sweep", "--help"], ["--version"]])
