@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernels_fit, normalize
 from longctx.ops.operators import differentiable
-from longctx.ops.weight_gradient import WeightGradient
+from longctx.ops.weight_gradient import WeightGradient, in_formats_of
 
 # Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU half of the
 # call within these bounds, so that buffers stay small beside what is kept, and products are large and few.
@@ -231,7 +231,7 @@ def _backward(
         d_bias = d_dropped
     found = (d_gain, d_offset, d_up.total, gelu.sum(), d_down.total, d_bias)
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
-    return dr, *(one.to(parameter.dtype) for one, parameter in zip(found, parameters, strict=True))
+    return dr, *in_formats_of(parameters, found)
 
 
 def _backward_shapes(

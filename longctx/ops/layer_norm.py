@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.ops.operators import differentiable
+from longctx.ops.weight_gradient import in_formats_of
 
 try:
     from longctx.ops import shell_kernels as kernels
@@ -139,10 +140,9 @@ class NormGradients:
             self.partials[0, 2] += beside.sum(0, dtype=self.partials.dtype)
             torch.add(dx, beside, out=out)
 
-    def sums(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of weight and bias, and the sum of `beside`: each `[D]`, in `dtype` or in fp32 at least."""
-        # Copies, since an operator's outputs may not share memory.
-        return tuple(total.to(dtype or total.dtype, copy=True) for total in self.partials.sum(0))
+    def sums(self) -> tuple[Tensor, ...]:
+        """Gradients of weight and bias, and the sum of `beside`: each `[D]`, in fp32 at least, in memory they share."""
+        return self.partials.sum(0).unbind()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -160,8 +160,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     flat = dx.view(-1, x.shape[-1])
     gradients.rows(grad.reshape(flat.shape).contiguous(), x.reshape(flat.shape).contiguous(), out=flat)
-    dw, db, _ = gradients.sums(weight.dtype)
-    return dx, dw, db
+    return dx, *in_formats_of((weight, weight), gradients.sums()[:2])
 
 
 def _shapes(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

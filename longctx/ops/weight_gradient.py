@@ -56,9 +56,14 @@ class GradientSums:
 
     def finished(self) -> list[Tensor]:
         """In the order and the dtypes of the parameters, in memory of their own."""
-        found = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in self.parameters.values()]
-        torch._foreach_copy_(found, [self.total(name) for name in self.parameters])
-        return found
+        return in_formats_of(list(self.parameters.values()), [self.total(name) for name in self.parameters])
+
+
+def in_formats_of(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> list[Tensor]:
+    """sums, each in the dtype of its parameter and in memory of its own: one launch for them all."""
+    found = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in parameters]
+    torch._foreach_copy_(found, sums)
+    return found
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
