@@ -22,6 +22,7 @@ from longctx.ops import gated_mix_kernel as gate_kernel
 from longctx.ops import window_attention_kernel as window_kernel
 from longctx.ops.key_values import project_into
 from longctx.ops.operators import differentiable
+from longctx.ops.weight_gradient import in_formats_of
 from longctx.ops.window_attention_gradients import run_backward
 
 
@@ -173,15 +174,15 @@ def _backward(
     flat = now.reshape(-1, weight.shape[0])
     for_u = torch.mm(flat, weight).view(batch, tokens, width)
     for_weight = torch.mm(flat.t(), u.reshape(-1, width))
-    for_enter_bias = entering.sum((0, 1), dtype=torch.float32)
+    for_out_bias, for_gate_bias = totals.unbind()
+    biases = (for_gate_bias, entering.sum((0, 1), dtype=torch.float32), for_decay, for_out_bias)
+    for_gate_bias, for_enter_bias, for_decay, for_out_bias = in_formats_of((gate_bias, decay, decay, gate_bias), biases)
     # Copies, since an operator's outputs may not share memory.
     for_kv = target[:, :halo, width:attention].contiguous() if halo else u.new_empty(0)
     for_state = first * a if s is not None else u.new_empty(0)
-    kind = u.dtype
-    for_out_bias, for_gate_bias = totals.to(kind).unbind()
     return [
-        for_u, for_kv, for_state, for_weight, for_gate_bias.clone(), for_enter_bias.to(kind), for_decay.to(kind),
-        for_leave, for_out, for_out_bias.clone(),
+        for_u, for_kv, for_state, for_weight, for_gate_bias, for_enter_bias, for_decay, for_leave, for_out,
+        for_out_bias,
     ]  # fmt: skip
 
 
