@@ -27,7 +27,7 @@ from longctx.ops.block_sparse_attention import (
     kernel_fits,
     packed_block_sparse_attention,
 )
-from longctx.ops.key_values import project_into
+from longctx.ops.projections import project_into
 
 FEW_TOKENS = 256
 """Below so many a copy of their keys and values costs less than a product of their own."""

@@ -27,7 +27,7 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
-from longctx.ops.key_values import project_into
+from longctx.ops.projections import project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 try:

@@ -23,7 +23,8 @@ from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.dense_attention import dense_attention
-from longctx.ops.key_values import KeyValues, project_into
+from longctx.ops.key_values import KeyValues
+from longctx.ops.projections import project_beside, project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 
@@ -220,7 +221,11 @@ class LongformerBlock(PreNormBlock):
         else:
             head = min(self.num_global_tokens, u.shape[1])
             state.first = kv[:, :head].clone()
-            mixed = self._mix_rows(u, rows, head, state)
+            of_first = self.qkv_global_proj(u[:, :head]) if head else None
+            state.first_rows = None
+            if 0 < head < self.num_global_tokens:
+                state.first_rows = self._split(of_first)[1].clone()
+            mixed = self._mix_rows(u, rows, of_first)
         state.seen = seen + u.shape[1]
         if keep_state:
             last = kv[:, max(head, kv.shape[1] - recent.reach) :].clone()
@@ -262,19 +267,27 @@ class LongformerBlock(PreNormBlock):
 
     def _mix_whole(self, u: Tensor) -> Tensor:
         """Attention of a whole sequence, nothing carried: u `[B, T, D]` -> `[B, T, H, K]`."""
-        qkv = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))
-        return self._mix_rows(u, qkv, min(self.num_global_tokens, u.shape[1]))
-
-    def _mix_rows(self, u: Tensor, qkv: Tensor, head: int, state: LongformerState | None = None) -> Tensor:
-        """The same from the projection qkv `[B, T, H + 2G, K]`. state: is told the rows of the `head` globals."""
-        dropout_p = self.dropout if self.training else 0.0
-        rows = None
+        head = min(self.num_global_tokens, u.shape[1])
+        weight, of_first = self.qkv_proj.weight, None
         if head and self.causal:
+            qkv, of_first = project_beside(u, weight, self.qkv_global_proj.weight, head)
+        else:
+            qkv = F.linear(u, weight)
+        return self._mix_rows(u, qkv.unflatten(-1, (-1, self.head_dim)), of_first)
+
+    def _mix_rows(self, u: Tensor, qkv: Tensor, of_first: Tensor | None) -> Tensor:
+        """The same from the projection qkv `[B, T, H + 2G, K]` and the globals' own `[B, g, D + 2GK]`, if causal."""
+        dropout_p = self.dropout if self.training else 0.0
+        head = min(self.num_global_tokens, u.shape[1])
+        rows = None
+        if of_first is not None and head == 1 and not dropout_p:
+            # A token that sees itself alone gets its own value.
+            value = of_first.unflatten(-1, (-1, self.head_dim))[:, :, -self.num_kv_heads :]
+            group = self.n_heads // self.num_kv_heads
+            rows = value if group == 1 else value.repeat_interleave(group, dim=2)
+        elif of_first is not None:
             # Global rows see each other alone, through their own projection.
-            q, kv = self._project(self.qkv_global_proj, u[:, :head])
-            rows = self._attend(q, kv, window_size=head, dilation=1)
-            if state is not None:
-                state.first_rows = kv.clone() if head < self.num_global_tokens else None
+            rows = self._attend(*self._split(of_first), window_size=head, dilation=1)
         elif head:
             weights = self.qkv_global_proj.weight
             global_q = F.linear(u[:, :head], weights[: self.d_model]).unflatten(-1, (self.n_heads, self.head_dim))
@@ -292,7 +305,11 @@ class LongformerBlock(PreNormBlock):
 
     def _project(self, projection: nn.Linear, u: Tensor) -> tuple[Tensor, Tensor]:
         """u `[B, t, D]` -> q `[B, t, H, K]`, keys and values `[B, t, 2, G, K]`: views of one product."""
-        q, kv = projection(u).split([self.d_model, 2 * self.num_kv_heads * self.head_dim], dim=-1)
+        return self._split(projection(u))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """qkv `[B, t, D + 2GK]` -> q `[B, t, H, K]`, keys and values `[B, t, 2, G, K]`."""
+        q, kv = qkv.split([self.d_model, 2 * self.num_kv_heads * self.head_dim], dim=-1)
         return (
             q.unflatten(-1, (self.n_heads, self.head_dim)),
             kv.unflatten(-1, (2, self.num_kv_heads, self.head_dim)),

@@ -20,8 +20,8 @@ from torch import Tensor
 from longctx.ops import diagonal_scan_kernel as scan
 from longctx.ops import gated_mix_kernel as gate_kernel
 from longctx.ops import window_attention_kernel as window_kernel
-from longctx.ops.key_values import project_into
 from longctx.ops.operators import differentiable
+from longctx.ops.projections import project_into
 from longctx.ops.weight_gradient import in_formats_of
 from longctx.ops.window_attention_gradients import run_backward
 

@@ -238,7 +238,7 @@ def _backward_shapes(
     grad, kept, scale, step, r, hidden, norm_weight, norm_bias, eps, up_weight, up_bias, down_weight, down_bias
 ):
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
-    return torch.empty_like(r), *(torch.empty_like(p) for p in parameters)
+    return torch.empty_like(r), *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters)
 
 
 class _GeluGradients:

@@ -14,19 +14,6 @@ ENDLESS = 1 << 62
 """Reach of a cache that forgets nothing."""
 
 
-def project_into(u: Tensor, weight: Tensor, *, out: Tensor) -> None:
-    """out = u @ weight^T, without autograd: u `[B, t, D]`, weight `[E, D]`, out `[B, t, E]`.
-
-    out may be a stretch of a longer buffer, behind what is carried on, which then need not move.
-    """
-    width = out.shape[2]
-    if out.is_contiguous():
-        torch.mm(u.reshape(-1, u.shape[2]), weight.t(), out=out.view(-1, width))
-        return
-    for mine, rows in zip(u, out, strict=True):
-        torch.mm(mine, weight.t(), out=rows)
-
-
 @dataclass(kw_only=True)
 class KeyValues:
     """The last `reach` keys and values, or all of them.
