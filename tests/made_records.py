@@ -1,4 +1,4 @@
-"""Records as a results file holds them: with the published fields alone, and with all of them."""
+"""Records as a results file holds them: with the published fields alone, and with all of them; and a small run."""
 
 from __future__ import annotations
 
@@ -72,3 +72,23 @@ def full_result(**values) -> BenchmarkResult:
 def write(path: Path, records: object) -> Path:
     path.write_text(json.dumps(records))
     return path
+
+
+def row(name: str, length: int, time_s: float | None = None, **fields) -> BenchmarkResult:
+    """A row with one sample, or with none."""
+    samples = [[time_s]] if time_s else []
+    return BenchmarkResult(
+        block_name=name, sequence_length=length, forward_time_median=time_s, samples=samples, **fields
+    )
+
+
+def run() -> list[BenchmarkResult]:
+    """Three blocks with laws of their own: Dense is last, and does not reach 8K."""
+    rows = []
+    for length in (1024, 2048, 4096):
+        rows.append(row("Dense", length, (length / 1024) ** 2))
+        rows.append(row("BLADE", length, length / 1024, peak_memory_mb=length / 64))
+        rows.append(row("Identity", length, length / 2048))
+    rows.append(row("Dense", 8192, status="oom", error={"type": "OutOfMemoryError", "message": "needs\nmore"}))
+    rows.append(row("BLADE", 8192, 8.0))
+    return rows

@@ -1,8 +1,8 @@
 """How much memory one call takes: the highest level during it, above the level just before it.
 
 CUDA: torch's own count of the bytes that tensors asked for. CPU: the kernel's high-water mark of resident pages, in a
-process whose allocator gives freed pages back at once (`MALLOC_ENV`); pages that are never touched do not count.
-Bytes throughout. Nothing else may be timed meanwhile.
+process whose allocator gives freed pages back at once (`process.MALLOC_ENVIRONMENT`); pages that are never touched do
+not count. Bytes throughout. Nothing else may be timed meanwhile.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""glibc settings of the process that measures CPU memory, set before it starts. They slow it: time elsewhere."""
+from longctx.engine.process import MALLOC_ENVIRONMENT
 
 MAX_READINGS = 4
 CPU_AGREEMENT_BYTES = 1 << 20
@@ -176,7 +175,7 @@ def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable
 
 
 def cpu_peak_bytes(call: Callable[[], Any]) -> int:
-    """Resident bytes at the highest moment of `call()`, above the level just before it. Linux, under MALLOC_ENV."""
+    """Resident bytes at the highest moment of `call()`, above the level just before it. Linux, in a memory worker."""
     level = cpu_level_bytes()
     y = call()
     peak = cpu_peak_above(level)
@@ -209,7 +208,7 @@ def why_no_cpu_peak() -> str | None:
     """Why this process cannot read its peak, or None if it can."""
     if not sys.platform.startswith("linux"):
         return "peak CPU memory is read from /proc, which this system does not have"
-    for name, value in MALLOC_ENV.items():
+    for name, value in MALLOC_ENVIRONMENT.items():
         if os.environ.get(name) != value:
             return f"peak CPU memory needs a process started with {name}={value}"
     try:

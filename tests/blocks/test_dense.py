@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from every_block import LargestTensor
 
 from longctx import blocks
 from longctx.blocks.dense import SPEC, reference
@@ -25,19 +25,6 @@ def build(*, dtype=torch.float64, **options):
 
 def sequence(length, *, dtype=torch.float64, batch=2):
     return torch.randn(batch, length, 32, dtype=dtype, generator=torch.Generator().manual_seed(length))
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor, in elements, that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result
 
 
 def gradients(block, x, y):
@@ -127,7 +114,7 @@ def test_detach_cuts_the_graph():
 def test_never_forms_all_scores(dropout, num_kv_heads, dtype):
     block = build(dropout=dropout, num_kv_heads=num_kv_heads, dtype=dtype).train()
     x = sequence(3000, dtype=dtype, batch=1)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         y, state = block(x)
         y.float().sum().backward()
         block(x[:, :700], state.detach())

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from every_block import LargestTensor
 
 from longctx import blocks
 from longctx.blocks.longformer import SPEC, reference, visible_pairs
@@ -197,26 +197,13 @@ def test_dropout_acts_in_training_alone():
         assert not torch.equal(block(x)[0], block(x)[0])
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor, in elements, that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_tensor_grows_faster_than_the_sequence(dropout, causal):
     block = build(window_size=32, dropout=dropout, causal=causal, dtype=torch.float32).train()
 
     def largest(length):
-        with Largest() as seen:
+        with LargestTensor() as seen:
             block(sequence(length, dtype=torch.float32, batch=1))[0].sum().backward()
         return seen.elements
 

@@ -116,3 +116,19 @@ def call(monkeypatch: pytest.MonkeyPatch):
         return CliRunner().invoke(build(), list(words), prog_name="longctx")
 
     return invoke
+
+
+@pytest.fixture
+def longctx(capfd, monkeypatch):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+
+    from longctx.cli.main import build
+
+    def run(*words, columns=120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as end:
+            build()(list(map(str, words)), prog_name="longctx")
+        out, err = capfd.readouterr()
+        return end.value.code, out, err
+
+    return run

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from longctx.cli.main import build
 from longctx.results import BenchmarkResult
 
 HOSTILE = "\x1b[31m[red]x[/red]|`<b>@me"
@@ -39,20 +38,6 @@ def rows(*, scale=None, rounds=5, seed=0, **fields):
 def write(path, results):
     path.write_text(json.dumps([result.to_json() for result in results]))
     return str(path)
-
-
-@pytest.fixture
-def longctx(capfd, monkeypatch):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words, columns=120):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        with pytest.raises(SystemExit) as end:
-            build()(list(map(str, words)), prog_name="longctx")
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from longctx.cli.main import build
 from longctx.results import BenchmarkResult
 
 LENGTHS = (1024, 2048, 4096)
@@ -42,20 +41,6 @@ def write(path, results):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([result.to_json() for result in results]))
     return str(path)
-
-
-@pytest.fixture
-def longctx(capfd, monkeypatch):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*words, columns=100):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        with pytest.raises(SystemExit) as end:
-            build()(list(map(str, words)), prog_name="longctx")
-        out, err = capfd.readouterr()
-        return end.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -31,6 +31,13 @@ def brief(tmp_path_factory):
 
 
 @pytest.fixture
+def own_locks(tmp_path, monkeypatch):
+    """Locks of this test's own, here and in processes: other sweeps on this machine have nothing to do with it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+@pytest.fixture
 def tidy(brief):
     """`brief`, and a process that a fault of ours leaves behind does not disturb the next test."""
     gc.freeze()

@@ -28,11 +28,7 @@ def names_of(pairs) -> list[tuple[str, str]]:
     return [(ours.block_name, theirs.block_name) for ours, theirs in pairs]
 
 
-@pytest.fixture(autouse=True)
-def own_locks(tmp_path, monkeypatch):
-    """Other sweeps on this machine have nothing to do with these."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
+pytestmark = pytest.mark.usefixtures("own_locks")
 
 # -- what is against what ------------------------------------------------------------------------------------------
 

@@ -19,12 +19,7 @@ from longctx.engine import preparation
 from longctx.engine.process import WorkerProcess
 from longctx.engine.run_against import run_against
 
-
-@pytest.fixture(autouse=True)
-def own_locks(tmp_path, monkeypatch):
-    """Other sweeps on this machine have nothing to do with these."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
+pytestmark = pytest.mark.usefixtures("own_locks")
 
 BLOCKS = """
 import os, signal, sys

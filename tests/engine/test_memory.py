@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from longctx.engine import memory
+from longctx.engine.process import MALLOC_ENVIRONMENT
 
 LADDER = """
 import json, torch
@@ -30,7 +31,7 @@ print(json.dumps({name: [cpu_peak_bytes(call) / 2**20 for _ in range(5)] for nam
 
 
 def in_memory_process(source: str, **environment: str):
-    env = {**os.environ, **memory.MALLOC_ENV, **environment}
+    env = {**os.environ, **MALLOC_ENVIRONMENT, **environment}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), env.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-c", source], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -4,28 +4,10 @@ import csv
 import io
 import json
 
-from longctx.results import BenchmarkResult
+from made_records import row, run
+
 from longctx.terminal.export import document, to_csv
 from longctx.terminal.markdown import to_markdown
-
-
-def row(name, length, time_s=None, **fields):
-    samples = [[time_s]] if time_s else []
-    return BenchmarkResult(
-        block_name=name, sequence_length=length, forward_time_median=time_s, samples=samples, **fields
-    )
-
-
-def run():
-    rows = []
-    for length in (1024, 2048, 4096):
-        rows.append(row("Dense", length, (length / 1024) ** 2))
-        rows.append(row("BLADE", length, length / 1024, peak_memory_mb=length / 64))
-        rows.append(row("Identity", length, length / 2048))
-    rows.append(row("Dense", 8192, status="oom", error={"type": "OutOfMemoryError", "message": "needs\nmore"}))
-    rows.append(row("BLADE", 8192, 8.0))
-    return rows
-
 
 HOSTILE = "=cmd|' /c'!A1 `<b>x</b>` \x1b[31m[red]@me #1 \ud800\n| a"
 
