@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from longctx.analysis.settings import differing_options, options_of, varying, without
+from longctx.analysis.settings import class_of, differing_options, options_of, varying, without
 from longctx.analysis.statistics import positive
 from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
@@ -197,7 +197,7 @@ class _Names:
         self.options = {block: [name for name in names if name != x.name] for block, names in options.items()}
 
     def of(self, result: BenchmarkResult, label: str = "") -> str:
-        words = [self.x.block_name(result)]
+        words = [self.x.block_name(result), *filter(None, [class_of(result)])]
         known, options = options_of(result), self.options.get(str(result.block_name), ())
         words += [f"{name}={known[name]}" for name in options if name in known]
         words += [f"{axis.mark}{value}" for axis in self.axes if (value := axis.of(result)) is not None]

@@ -123,6 +123,13 @@ def options_of(row: BenchmarkResult) -> dict[str, str]:
     return {str(name): json.dumps(options[name], default=str) for name in sorted(options, key=str)}
 
 
+def class_of(row: BenchmarkResult) -> str | None:
+    """The class of a module that was measured in a model, where its name is the place there; else None."""
+    config = row.config if isinstance(row.config, dict) else {}
+    found = config.get("module_class")
+    return found if isinstance(found, str) else None
+
+
 def without(axes: Iterable[Axis], names: Collection[str]) -> list[Axis]:
     """`axes` but for those called so."""
     return [axis for axis in axes if axis.name not in names]

@@ -51,7 +51,7 @@ COLUMNS = (
     "state_bytes",
     "path",
 )
-SHAPE = ("d_model", "n_heads", "num_kv_heads", "layers")
+SHAPE = ("module_class", "d_model", "n_heads", "num_kv_heads", "layers")
 """Columns from the configuration of a row: a sweep may hold several of each."""
 
 OF_LIGHTNING = ("bare_step_s", "overhead_share")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from longctx.analysis.conclusions import Conclusions, conclude
 from longctx.analysis.crossover import Crossover
 from longctx.analysis.ranking import BASE, kept_samples
-from longctx.analysis.settings import by_mode, in_words, varying
+from longctx.analysis.settings import by_mode, class_of, in_words, varying
 from longctx.analysis.statistics import positive, spread_between
 from longctx.analysis.summary import problems
 from longctx.results import BenchmarkResult
@@ -137,6 +137,11 @@ def _rows_table(results: Sequence[BenchmarkResult]) -> str:
             bare = _figure(lightning_of(result, "bare_step_s"), 1e3)
             cells[-1:-1] = [bare, "" if share is None else f"{share:.1%}"]
     first = 1 + len(axes)
+    if any(map(class_of, results)):
+        first += 1
+        head.insert(1, "class")
+        for cells, result in zip(rows, sorted(results, key=lambda r: r.sequence_length), strict=True):
+            cells.insert(1, markdown_text(class_of(result) or ""))
     return markdown_table(head, rows, right=range(first, len(head) - 1))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.ranking import BASE, ratio_to
-from longctx.analysis.settings import AXES, Axis, by_mode, in_words, varying
+from longctx.analysis.settings import AXES, Axis, by_mode, class_of, in_words, varying
 from longctx.analysis.statistics import positive, spread_between, spread_within
 from longctx.analysis.summary import rankings, reason
 from longctx.results import BenchmarkResult
@@ -102,6 +102,10 @@ def _setting_columns(rows: Sequence[BenchmarkResult], axes: Sequence[Axis]) -> l
     ]
 
 
+def _class(row: BenchmarkResult) -> str:
+    return fmt.shorten(fmt.plain(class_of(row) or fmt.NONE), 24)
+
+
 def _figure_columns(
     rows: Sequence[BenchmarkResult], *, versus: Sequence[str], everything: Sequence[BenchmarkResult]
 ) -> list[Column]:
@@ -112,6 +116,7 @@ def _figure_columns(
     present = [name for name in versus if any(r.block_name == name and r.ok for r in everything)]
     columns = [
         Column(header="block", cells=[fmt.plain(r.block_name) for r in rows], right=False, flexible=True),
+        Column(header="class", cells=[_class(r) for r in rows], keep=6, right=False),
         Column(header=f"time {unit.name}", cells=[unit.text(_time(r)) if r.ok else status_word(r) for r in rows]),
         Column(header="within", cells=[fmt.percent(_spread(r, spread_within)) for r in rows], keep=0),
         Column(header="between", cells=[fmt.percent(_spread(r, spread_between)) for r in rows], keep=2),

@@ -18,7 +18,7 @@ from longctx.config import BenchmarkConfig, BlockRequest, Cell
 from longctx.engine.call import Run
 from longctx.engine.device import describe_device
 from longctx.engine.loading import LoadedBlock
-from longctx.engine.machine import available_memory_bytes, predict_memory_bytes
+from longctx.engine.machine import available_memory_bytes, describe_host, predict_memory_bytes
 from longctx.engine.measure import Plan, fault_of
 from longctx.engine.memory import measure_memory, resting
 from longctx.engine.rows import add_round, fault, new_row
@@ -145,7 +145,8 @@ def append_rows(path: Path, rows: list[BenchmarkResult]) -> None:
 def _row(
     name: str, cell: Cell, config: BenchmarkConfig, device: torch.device, circumstances: Circumstances
 ) -> BenchmarkResult:
-    environment, step = describe_device(device), circumstances.training_step
+    # Nobody watches the neighbours here: training waits.
+    environment, step = describe_host(window_s=0.0) | describe_device(device), circumstances.training_step
     row = new_row(cell, config=config.to_json(), environment=environment, training_step=step)
     row.block_name = name
     row.config |= {"d_model": cell.d_model, "n_heads": cell.n_heads, "device": str(device)}

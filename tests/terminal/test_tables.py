@@ -9,8 +9,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from longctx.analysis.series import names_of
 from longctx.results import BenchmarkResult
 from longctx.terminal.layout import Column, layout
+from longctx.terminal.markdown import to_markdown
 from longctx.terminal.tables import (
     environment_line,
     facts,
@@ -51,6 +53,20 @@ def printed(text, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, height=50, markup=False, highlight=False)
     console.print(text)
     return console.file.getvalue()
+
+
+def test_rows_named_by_their_place_in_a_model_say_what_they_are() -> None:
+    rows = [
+        BenchmarkResult(
+            block_name=f"blocks.{i}", sequence_length=1024, forward_time_median=1e-3, config={"module_class": kind}
+        )
+        for i, kind in enumerate(("DenseBlock", "[b]Mine"))
+    ]
+    shown = results_table(rows, 80).plain
+    assert "class" in shown and "DenseBlock" in shown and "[b]Mine" in shown
+    assert "| blocks.0 | DenseBlock | 1,024 |" in to_markdown(rows)
+    assert "class" not in results_table(ROWS, 120).plain
+    assert names_of(rows) == ["blocks.0 DenseBlock", "blocks.1 [b]Mine"]
 
 
 def test_rows_of_several_training_steps_say_their_step() -> None:
