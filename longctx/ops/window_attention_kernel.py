@@ -33,7 +33,7 @@ class Tiles:
 
     forward: tuple[int, int, int, int] = (64, 32, 4, 3)
     queries: tuple[int, int, int, int] = (64, 32, 4, 3)
-    keys: tuple[int, int, int, int] = (32, 64, 4, 2)
+    keys: tuple[int, int, int, int] = (32, 64, 4, 3)
 
 
 NARROW = Tiles()
