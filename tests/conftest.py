@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 import tempfile
 
@@ -124,3 +125,20 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoning(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest):
+    """A function that runs code, or the whole test file as a program, under Triton's interpreter: kernels on a CPU.
+
+    In a process of its own, as Triton must be told before it is imported. A program ends by printing "ok".
+    """
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+
+    def run(code: str | None = None) -> None:
+        command = [sys.executable, "-W", "ignore", *([request.path.name] if code is None else ["-c", code])]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=environment, cwd=request.path.parent, capture_output=True, text=True)
+        assert done.stdout == "ok\n", done.stderr[-2000:]
+
+    return run

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -217,9 +214,8 @@ def test_cost_is_counted_from_the_definition(length, window):
     assert math.isclose(step.bytes, 4 * (weights + 3 * 2 * d + 3 * read))
 
 
-def test_one_product_and_fused_kernels_under_the_interpreter():
+def test_one_product_and_fused_kernels_under_the_interpreter(interpreted):
     """As on a GPU, where Triton is installed at all; in a process of its own, as its interpreter must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs kernels on a CPU, is not installed")
     code = """
 import torch
 from longctx import blocks
@@ -247,9 +243,7 @@ for batch, groups in ((1, 4), (2, 2)):
 assert made[:4] == [100, 100, 33, 5] and 7 not in made, made
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
 
 
 @pytest.mark.cuda

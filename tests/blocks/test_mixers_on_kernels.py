@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -103,14 +98,9 @@ def test_bigbird_writes_keys_and_values_where_they_stay():
         assert rows is not None and rows.shape[1] == 1024
 
 
-def test_under_the_interpreter():
-    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__)
-    command = [sys.executable, "-W", "ignore", here.name]
-    done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+def test_under_the_interpreter(interpreted):
+    """The same code on a CPU."""
+    interpreted()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -202,9 +198,8 @@ def test_inputs_that_do_not_fit_are_refused(name, options):
                 block.step(torch.zeros(shape, device="cuda"), state)
 
 
-def test_the_kernels_under_the_interpreter():
-    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+def test_the_kernels_under_the_interpreter(interpreted):
+    """The same code on a CPU."""
     code = """
 import torch
 import test_decode as tests
@@ -223,7 +218,4 @@ for index, (name, options) in enumerate(tests.CASES):
         assert error < 2e-6, (name, options, start, error)
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -85,9 +80,8 @@ def test_the_operator_is_registered_as_torch_expects():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_kernels_under_the_interpreter():
-    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+def test_the_kernels_under_the_interpreter(interpreted):
+    """The same code on a CPU."""
     code = """
 import torch
 import test_gated_mix as tests
@@ -95,7 +89,4 @@ tests.module.kernel.fits = lambda *tensors: True
 tests.check_all("cpu", (torch.float32, torch.float16))
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)

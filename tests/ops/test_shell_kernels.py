@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,7 +89,7 @@ def test_on_a_gpu(width, shape, dtype):
 
 
 @needs_triton
-def test_under_the_interpreter():
+def test_under_the_interpreter(interpreted):
     """The same code on a CPU; in a process of its own, as the interpreter must be asked for early."""
     code = """
 import torch
@@ -104,14 +99,11 @@ for width in WIDTHS:
         assert_close(errors(width, shape, dtype=torch.float16, device="cpu"), torch.float16)
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
 
 
 @needs_triton
-def test_gelu_is_exact():
+def test_gelu_is_exact(interpreted):
     """To what half precision can tell from the erf of fp64, in the tails as well."""
     code = """
 import torch
@@ -128,9 +120,7 @@ shell_kernels.gelu(ends, torch.zeros(1), out=ends)
 assert ends[0] == float("inf") and ends[1].isnan() and ends[2] == 0
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
 
 
 def product_errors(count, width, wide, *, dtype, device) -> dict[str, float]:
@@ -153,7 +143,7 @@ def product_errors(count, width, wide, *, dtype, device) -> dict[str, float]:
 
 
 @needs_triton
-def test_the_product_under_the_interpreter():
+def test_the_product_under_the_interpreter(interpreted):
     code = """
 import torch
 from test_shell_kernels import product_errors
@@ -161,10 +151,7 @@ found = product_errors(300, 64, 256, dtype=torch.float16, device="cpu")
 assert max(found.values()) < 1e-3, found
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
 
 
 @pytest.mark.cuda
@@ -179,7 +166,7 @@ def test_the_product_on_a_gpu():
 
 
 @needs_triton
-def test_chunks_of_a_batch_are_rows_like_any():
+def test_chunks_of_a_batch_are_rows_like_any(interpreted):
     """x `[chunks, B, T, D]`, as BLADE has it."""
     code = """
 import torch
@@ -194,13 +181,11 @@ for rows in (x, x.transpose(0, 1), x[:, :, 1:]):
     torch.testing.assert_close(got, want, rtol=2 ** -6, atol=2 ** -7)  # two units in the last place
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
 
 
 @needs_triton
-def test_the_functions_under_the_interpreter():
+def test_the_functions_under_the_interpreter(interpreted):
     """What trains and infers with them, from the kernels' side, batches and slabs included."""
     code = """
 import torch
@@ -221,10 +206,7 @@ for product in (False, True):
         assert (got.double() - right).norm() < 4e-3 * right.norm()
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
 
 
 @pytest.mark.cuda

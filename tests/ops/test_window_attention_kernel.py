@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,14 +265,9 @@ def test_more_elements_than_32_bits_count():
         assert whole[:, -200:].any()
 
 
-def test_the_kernels_under_the_interpreter():
-    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__)
-    command = [sys.executable, "-W", "ignore", here.name]
-    done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+def test_the_kernels_under_the_interpreter(interpreted):
+    """The same code on a CPU."""
+    interpreted()
 
 
 def _interpreted():
