@@ -123,7 +123,7 @@ def _format_options(options: Iterable[tuple[str, Any]]) -> str:
 def parse_blocks(words: Iterable[str]) -> list[BlockRequest]:
     """Words of `--blocks` as requests, one for each value of an option that has several, in order, without duplicates.
 
-    A comma separates blocks only in a word without a colon (design section 4).
+    A comma separates blocks only in a word without a colon. Raises UsageError.
     """
     requests = []
     for word in words:
@@ -184,12 +184,13 @@ class Cell:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Cell:
+        """The cell that `to_json` wrote."""
         block = data["block"]
         request = BlockRequest(target=block["target"], options=tuple(sorted(block["options"].items())))
         return cls(**{**data, "block": request})
 
     def key(self, *, identity: Mapping[str, Any], **context: Any) -> str:
-        """The name under which a result is found again by --resume (design section 6).
+        """The name under which a result is found again by --resume.
 
         identity: what the worker says of the block: resolved `options` and `source_hash`.
         context: whatever else a number depends on: device name, threads, numeric flags, seed, torch version.
@@ -208,6 +209,7 @@ class BenchmarkConfig:
     """What to measure and how. The first group holds the published fields with their published defaults.
 
     Times are in seconds, lengths in tokens. `benchmark_runs` counts samples a round; see `fixed_runs`.
+    Raises UsageError for a value that cannot be.
     """
 
     d_model: int = 512
@@ -236,15 +238,23 @@ class BenchmarkConfig:
     rounds: int = 3
     seed: int = 0
     threads: int | None = None
+    """For work on a CPU; None: one for each physical core that this process may use."""
     timeout: float = 600.0
+    """Seconds that a cell may take in a round, gate included."""
     max_time: float | None = None
+    """Seconds for the whole; what is measured by then is kept."""
     isolation: str = "worker"
+    """worker: each round in a process of its own. none: all in this one, without a timeout."""
     resume: bool = False
+    """Measure only what the results file lacks."""
     retry: bool = False
+    """With `resume`: rows that crashed or timed out count as lacking."""
     force: bool = False
+    """Begin a results file that is there anew."""
     gate: bool = True
     energy: bool = True
     cuda_graph: bool = False
+    """Time the replay of a captured call."""
     lightning_mode: bool = False
     """Measure the training step of a language model of `layers` blocks, in Lightning's Trainer and in a bare loop."""
     layers: int = 1

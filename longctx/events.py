@@ -26,6 +26,8 @@ class SweepStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundStarted:
+    """A round has cells to measure, and begins."""
+
     index: int
     """0, 1, ..."""
     cells: tuple[Cell, ...]
@@ -34,13 +36,15 @@ class RoundStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class CellStarted:
+    """A cell is measured now."""
+
     cell: Cell
     round: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellPhase:
-    """A cell went on to its next phase: build, gate, warmup, timing, memory."""
+    """A cell went on to its next phase: build, gate, warmup, timing, energy, memory."""
 
     cell: Cell
     phase: str
@@ -48,9 +52,13 @@ class CellPhase:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTaken:
+    """A round of a cell has come so far: told a few times a second, not for each sample."""
+
     cell: Cell
     seconds: float
+    """A call, by the newest sample."""
     count: int
+    """Samples of this round so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,8 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFinished:
+    """The last event, however the sweep ended; all rows were saved before."""
+
     results: tuple[BenchmarkResult, ...]
     complete: bool
     """False when --max-time or an interruption ended it early."""

@@ -30,8 +30,8 @@ WARNINGS = ("unstable", "suspect", "throttled", "launch_bound", "contended")
 class BenchmarkResult:
     """One row: a cell and what was measured of it. A number that does not exist is None, never 0 or NaN.
 
-    The first group holds the published fields, in their published order. In mode train and decode the
-    `forward_time_*` fields hold that mode's time.
+    The first group holds the published fields, in their published order. The `forward_time_*` fields are seconds a
+    call, whatever the mode's call is.
     """
 
     block_name: str
@@ -46,8 +46,11 @@ class BenchmarkResult:
     allocated_memory_mb: float | None = None
     """Live after the call, weights, input and output included, MiB."""
     reserved_memory_mb: float | None = None
+    """Held by the caching allocator, MiB; None on a CPU."""
     throughput_tokens_per_sec: float | None = None
+    """Tokens of a call (B * T, in mode decode B) over forward_time_mean."""
     memory_efficiency_mb_per_token: float | None = None
+    """allocated_memory_mb over B * T."""
     config: dict[str, Any] = field(default_factory=dict)
 
     schema_version: int = SCHEMA_VERSION
@@ -64,9 +67,11 @@ class BenchmarkResult:
     forward_time_median: float | None = None
     """Median over rounds of the median of each round's samples: the value that tables show."""
     forward_time_ci95: list[float] | None = None
+    """[low, high] of the median of all samples, seconds; None under six samples."""
     samples: list[list[float]] = field(default_factory=list)
     """Seconds, one list a round. Nothing is trimmed."""
     first_call_s: float | None = None
+    """The first call at the cell's shape: it compiles, loads and allocates."""
     host_time_median: float | None = None
     """CUDA: median over rounds of the seconds that the host takes to enqueue a call."""
     host_times: list[float] = field(default_factory=list)
@@ -78,13 +83,21 @@ class BenchmarkResult:
     forward_shares: list[float] = field(default_factory=list)
     """Mode train: the first part's share of a step, 0 to 1, one a round."""
     gate_s: float | None = None
+    """Seconds of the check, without that first call."""
     flops: float | None = None
+    """What a call must compute, by the block's cost model."""
     bytes: float | None = None
+    """What a call must move, by the block's cost model."""
     state_bytes: float | None = None
+    """Of the state after T tokens: in modes decode and prefill counted from its tensors, else by the cost model."""
     tflops: float | None = None
+    """flops over forward_time_median, 1e12 a second."""
     roofline_fraction: float | None = None
+    """Least possible time at this machine's measured peaks over forward_time_median."""
     joules_per_token: float | None = None
+    """Of the whole GPU, idle power included; None where its driver tells no energy."""
     peak_bytes_per_token: float | None = None
+    """peak_memory_mb in bytes over the tokens of a call."""
     total_memory_mb: float | None = None
     """Highest level during the call, weights, gradients, input and output included: what a device must hold, MiB."""
     gate: dict[str, Any] | None = None
@@ -101,6 +114,7 @@ class BenchmarkResult:
 
     @property
     def ok(self) -> bool:
+        """Whether the status is `ok`; warnings do not count."""
         return self.status == "ok"
 
     @property
@@ -109,6 +123,7 @@ class BenchmarkResult:
         return self.forward_time_median if self.forward_time_median is not None else self.forward_time_mean
 
     def to_json(self) -> dict[str, Any]:
+        """All fields as plain data, published ones first; `from_json` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod

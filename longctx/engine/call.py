@@ -58,6 +58,7 @@ class Run:
             self.token, self.x = x[:, -1:].clone(), None
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
+        """In which calls are made: inference mode, but for training."""
         return contextlib.nullcontext() if self.cell.mode == "train" else torch.inference_mode()
 
     @property
@@ -80,6 +81,7 @@ class Run:
             self._count(self.state)
 
     def call_prepared(self) -> Any:
+        """One call, after `prepare`, on the run's own input: what it returned."""
         return self.call(self.x)
 
     def _count(self, state: Any) -> None:

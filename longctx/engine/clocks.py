@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 SLOW_S = 1.0
-"""Calls of this length are few."""
+"""Of calls of this length fewer are taken."""
 
 SHORT_CALL_S = 5e-3
 
@@ -28,13 +28,14 @@ CPU_ESCAPE_S, MAX_REST_S = 5e-3, 0.1
 
 
 class Calls:
-    """`fn` with its inputs in turn."""
+    """`fn()`, or `fn(x)` with x going round through `inputs`; before_sample runs before each sample."""
 
     def __init__(self, fn: Callable[..., Any], inputs: Sequence[Any], before_sample: Callable[[], None] | None) -> None:
         self.fn, self.inputs, self.before_sample = fn, list(inputs), before_sample
         self.turn = self.samples = 0
 
     def next(self) -> Any:
+        """One call: what `fn` returned."""
         if not self.inputs:
             return self.fn()
         self.turn += 1
@@ -56,13 +57,23 @@ class Calls:
 
 
 class Clock(Protocol):
+    """Times what `Calls` calls, inside `with`. kind: cpu or cuda."""
+
     kind: str
     host_time_median: float | None
+    """Seconds that the host takes to enqueue a call, None on a CPU; known once `escaped` has been asked."""
 
-    def first_call(self) -> float: ...
-    def take(self, *, count: int, calls: int) -> list[float]: ...
-    def batch_size(self, sample_s: float) -> int: ...
-    def escaped(self, call_s: float) -> str | None: ...
+    def first_call(self) -> float:
+        """Seconds of one call from its beginning until the device has finished."""
+
+    def take(self, *, count: int, calls: int) -> list[float]:
+        """`count` samples of `calls` calls in a row, each in seconds a call."""
+
+    def batch_size(self, sample_s: float) -> int:
+        """Samples of this length to ask for at once."""
+
+    def escaped(self, call_s: float) -> str | None:
+        """In words, that work goes on once a call of this length is over; None if none does."""
 
 
 class CpuClock:

@@ -47,6 +47,7 @@ class CgroupLimits:
 
     @property
     def memory_free_bytes(self) -> int | None:
+        """What the limit leaves, None without one."""
         if self.memory_limit_bytes is None:
             return None
         return max(0, self.memory_limit_bytes - (self.memory_usage_bytes or 0))

@@ -84,9 +84,10 @@ def measure_cell(
     """Measure `cell` as `plan` says, and return values of `BenchmarkResult`'s fields, `samples_round` among them.
 
     config: `BenchmarkConfig.to_json()`. gate_cache: one dict for the life of the process. emit gets
-    {"event": "phase", "phase": build | gate | warmup | timing | memory} and {"event": "sample", "seconds", "count"}.
-    Whatever the block raises becomes a status (oom, unsupported, failed); only KeyboardInterrupt passes. Process-wide
-    settings are as before afterwards.
+    {"event": "phase", "phase": build | gate | warmup | timing | energy | memory} and {"event": "sample", "seconds",
+    "count"}. Whatever the block raises becomes a status (oom, unsupported, failed), and so does what the gate finds
+    (wrong) and work that goes on after a call (impossible); only KeyboardInterrupt passes. Process-wide settings are as
+    before afterwards.
     """
     found: dict[str, Any] = {
         "status": "ok",

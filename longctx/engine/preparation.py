@@ -203,6 +203,7 @@ class Preparation:
         return worker
 
     def close(self) -> None:
+        """End the workers."""
         for worker in (self.timing, self.memory):
             if worker is not None:
                 worker.close()

@@ -66,11 +66,14 @@ class Worker(Protocol):
 
     def ask(
         self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None, until: str = "done"
-    ) -> dict[str, Any]: ...
+    ) -> dict[str, Any]:
+        """Do one job and return its last event. timeout: seconds. Raises Refused, or WorkerLost."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End it, and all that it started."""
 
-    def log_tail(self) -> str: ...
+    def log_tail(self) -> str:
+        """The end of what it printed."""
 
 
 class InProcess:

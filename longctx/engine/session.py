@@ -49,6 +49,7 @@ class Session:
 
     @property
     def device(self) -> Any:
+        """The torch.device of the configuration. Raises MissingError for one that is not there."""
         if self._device is None:
             from longctx.engine.device import resolve_device
 

@@ -75,6 +75,7 @@ class Turns:
         return {"job": "take", "count": count, "calls": self.calls[which]}
 
     def add(self, which: int, samples: list[float]) -> None:
+        """What a side took in its turn, seconds a call."""
         self.samples[which] += samples
         self.medians[which].append(statistics.median(samples))
 
