@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def mode_tables(
         if (layers := {_LAYERS.of(row) for row in rows}) != {1} and len(layers) == 1:
             head = ", ".join(filter(None, [head, _LAYERS.text(rows[0])]))
         if head:
-            text.append(f"{fmt.shorten(head, width)}\n", style="bold")
+            lines = textwrap.wrap(fmt.plain(head), max(12, width), subsequent_indent="  ")
+            text.append("\n".join([*lines, ""]), style="bold")
         text.append_text(results_table(rows, width, ascii_only=ascii_only, ranked=ranked))
     return text
 
@@ -320,8 +322,6 @@ def _ascii(text: Text) -> Text:
 
 def facts(values: Mapping[str, Any], width: int, *, indent: int = 2) -> Text:
     """`name  value` lines, what is not known left out; long values go on below themselves."""
-    import textwrap
-
     from rich.text import Text
 
     words = {name: _words(value) for name, value in values.items() if value is not None}

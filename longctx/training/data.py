@@ -80,6 +80,7 @@ class SyntheticTextDataModule(LightningDataModule):
             raise UsageError(f"val_sequences must not be negative, not {val_sequences}")
         self.batch_size, self.shuffle, self.num_workers = batch_size, shuffle, num_workers
         count = train_sequences + val_sequences
+        self.vocab_size = vocab_size
         self.text = SyntheticText(vocab_size=vocab_size, sequence_length=sequence_length, count=count, seed=seed)
         self.train_sequences, self.val_sequences = train_sequences, val_sequences
 

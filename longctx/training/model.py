@@ -177,6 +177,15 @@ class LongContextLM(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), prog_bar=True, sync_dist=True)
 
+    def on_fit_start(self) -> None:
+        # On a GPU a token that the embedding does not have is an assertion of the device, which says nothing of it.
+        given = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
+        if isinstance(given, int) and given > self.vocab_size:
+            raise UsageError(
+                f"the data has {given} different tokens, the model a vocab_size of {self.vocab_size}",
+                "give both the same vocab_size",
+            )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; matrices decay, the embedding, biases, norms and decays of recurrences do not."""
         decayed, kept = [], []

@@ -121,6 +121,11 @@ def test_mistakes_are_told():
         model(n_layers=0)
 
 
+def test_data_with_more_tokens_than_the_model_has_is_refused(make_trainer):
+    with pytest.raises(UsageError, match="512 different tokens"):
+        make_trainer(max_steps=1).fit(model("Dense"), SyntheticTextDataModule(vocab_size=512, sequence_length=16))
+
+
 def test_text_is_the_same_every_time_and_another_with_another_seed():
     batches = [next(iter(data(seed=seed).train_dataloader())) for seed in (0, 0, 1)]
     assert batches[0].shape == (4, 33)
