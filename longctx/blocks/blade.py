@@ -39,8 +39,8 @@ from longctx.ops.blade_chain import (
     sum_dtype,
 )
 from longctx.ops.blade_graph import ChainGraphs, kernels_fit
-from longctx.ops.blade_training import GPU_SLAB_TOKENS, whole_chunks
-from longctx.ops.blade_training_graph import TrainingGraphs
+from longctx.ops.blade_training import whole_chunks
+from longctx.ops.blade_training_graph import MOST_CHUNK_TOKENS, TrainingGraphs
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
@@ -219,7 +219,7 @@ class BLADEBlock(PreNormBlock):
         if self.training:
             if self.dropout:
                 return f"{attention}, chunk by chunk as autograd follows"
-            return f"one operator, {kernels if self.chunk_size <= GPU_SLAB_TOKENS else attention}"
+            return f"one operator, {kernels if self.chunk_size <= MOST_CHUNK_TOKENS else attention}"
         if not weight.is_cuda:
             return f"{attention}, chunk by chunk"
         chunks = max(1, GPU_CHAIN_TOKENS // self.chunk_size)
@@ -236,17 +236,18 @@ class BLADEBlock(PreNormBlock):
         plain = not (self.training and self.dropout > 0.0) and not torch.is_autocast_enabled(x.device.type)
         if not whole or not plain or any(parameter.dtype != x.dtype for parameter in self.parameters()):
             return self._by_parts(x, state, keep_state)
-        first, middle, last = x.split([head, whole, x.shape[1] - head - whole], dim=1)
+        attn_norm = (self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
+        weights, tail = self._chain_weights(), x.shape[1] - head - whole
+        # Where nothing is split off nothing is joined: in backward that would be a copy of all of dx.
+        first, middle, last = x.split([head, whole, tail], dim=1) if head or tail else (None, x, None)
         pieces = []
         if head:
             y, state = self._by_parts(first, state, True)
             pieces.append(y)
-        attn_norm = (self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
-        weights = self._chain_weights()
         y, s = whole_chunks(middle, state.s, attn_norm, weights, self.chunk_size, self._training_graphs)
         pieces.append(y)
-        state = self._fresh(s)
-        if last.shape[1]:
+        state = self._fresh(s) if tail or keep_state else None
+        if tail:
             y, state = self._by_parts(last, state, keep_state)
             pieces.append(y)
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else y, state if keep_state else None
@@ -422,7 +423,7 @@ class BLADEBlock(PreNormBlock):
         """The state at the start of a chunk."""
         weight = self.qkv_proj.weight
         total = torch.zeros(s.shape[0], self.d_model, device=s.device, dtype=s.dtype)
-        return BLADEState(s=s, start=s, total=total, kv=weight.new_zeros(s.shape[0], 0, self._kv_width))
+        return BLADEState(s=s, start=s, total=total, kv=weight.new_empty(s.shape[0], 0, self._kv_width))
 
     def _sizes(self, length: int, filled: int) -> list[int]:
         """Tokens of each chunk, or part of one, in a call of `length` tokens after `filled` ones of a chunk."""

@@ -46,34 +46,37 @@ def kept_chain(
 def reverse_chain(
     weights: ChainWeights,
     dy: Tensor,
-    states: Tensor,
     qkv: Tensor,
     residual: Tensor,
     wide: Tensor,
     attended: Tensor,
     lse: Tensor,
-    ds: Tensor,
     dstates: Tensor,
-    added: Tensor,
     dwide: Tensor,
+    dr: Tensor,
+    states: Tensor,
+    ds: Tensor,
+    added: Tensor,
     dglobal: Tensor | None,
     sums: GradientSums,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The reverse chain of a slab: (residual normalized, without gain and bias, gradients of residual and of qkv).
+) -> tuple[Tensor, Tensor]:
+    """The reverse chain of a slab: (residual normalized, without gain and bias, gradient of qkv).
 
-    dy and what is kept `[count, B, n, ...]`. Overwrites ds, of the state after the slab before and of that before it
-    after, dstates, added, and dwide, the gradient of wide.
+    dy and what is kept `[count, B, n, ...]`. Overwrites dstates; dwide and dr, the gradients of wide and of the
+    residual, dr but for the part that comes through the mean and is the same for all tokens of a chunk; ds, of the
+    state after the slab before and of that before it after; added.
     """
     width, eps = dy.shape[-1], weights.norm[2]
     normalized, mean, rstd = torch.native_layer_norm(residual, (width,), None, None, eps)
     torch.mm(dy.view(-1, width), weights.down[0], out=dwide.view(-1, 4 * width))
-    dr, dqkv = dy.clone(), torch.empty_like(qkv)
+    dr.copy_(dy)
+    dqkv = torch.empty_like(qkv)
     for index in reversed(range(len(dy))):
         dstates[index] = ds
         kept = tuple(tensor[index] for tensor in (states, qkv, residual, wide, attended, lse))
         grads = (dwide[index], dr[index], dqkv[index], added[index])
         ds.copy_(_reverse(weights, ds, kept, (mean[index], rstd[index]), *grads, dglobal, sums))
-    return normalized, dr, dqkv
+    return normalized, dqkv
 
 
 def _reverse(
@@ -90,7 +93,7 @@ def _reverse(
 ) -> Tensor:
     """One chunk: ds `[B, N]` of the state after it -> that of the state before.
 
-    dwide `[B, n, 4D]` holds W_down^T dy and dr `[B, n, D]` dy: overwritten with the whole gradients. Fills dqkv
+    dwide `[B, n, 4D]` holds W_down^T dy and dr `[B, n, D]` dy: overwritten as in `reverse_chain`. Fills dqkv
     `[B, n, E]` and added `[B, E]`.
     """
     s, qkv, residual, wide, attended, lse = kept
@@ -99,9 +102,8 @@ def _reverse(
     dwide += (dmean @ weights.down[0])[:, None]
     torch.ops.aten.gelu_backward.grad_input(dwide, wide, grad_input=dwide)
     dnormed = (dwide.flatten(0, 1) @ weights.up[0]).view_as(residual)
-    dr += dmean[:, None]
     dr += _ffn_norm_backward(dnormed, residual, *statistics, weights.norm[:2], sums)
-    dattended = (dr.flatten(0, 1) @ weights.out[0]).view_as(attended)
+    dattended = ((dr + dmean[:, None]).flatten(0, 1) @ weights.out[0]).view_as(attended)
 
     _, dkv, _ = weights.injection(s)
     q, kv = qkv.split([width, qkv.shape[-1] - width], dim=-1)

@@ -13,7 +13,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from longctx.ops.blade_backward_kernels import ReverseRows
     from longctx.ops.blade_kernels import Rows
 
-MOST_CHUNKS = 32
-"""Chunks of the longest graph. Any number of them is done in graphs of 32, 16, 8, 4, 2 and 1."""
+MOST_CHUNKS = 64
+"""Chunks of the longest graph. Any number of them is done in graphs of 64, 32, 16, 8, 4, 2 and 1."""
+MOST_CHUNK_TOKENS = 8192
+"""Larger chunks, counted over the batch, wait for work, not for launches: torch's kernels then do as well."""
 MOST_CHAINS = 4
 """Shapes that a block keeps graphs for, the last used."""
 
@@ -65,15 +67,23 @@ def fits(weights: ChainWeights) -> bool:
     return kernels is not None and kernels.fits(weights)
 
 
-@contextmanager
-def training_chain(
-    number: int, weights: ChainWeights, batch: int, chunk: int, *, backward: bool
-) -> Iterator[TrainingChain | None]:
+def fused_chain(
+    number: int, weights: ChainWeights, batch: int, chunk: int, *, backward: bool = False
+) -> AbstractContextManager[TrainingChain | None]:
     """The chains of that shape with these weights, for the holder of that number, to be used inside the context.
 
-    backward: whether the reverse chain will run. None where the kernels do not fit, or the caller is capturing a graph
-    of its own.
+    backward: whether the reverse chain will run. None where the kernels do not fit, or have less to do than launches
+    cost, or the caller is capturing a graph of its own.
     """
+    if batch * chunk > MOST_CHUNK_TOKENS:
+        return nullcontext()
+    return _training_chain(number, weights, batch, chunk, backward=backward)
+
+
+@contextmanager
+def _training_chain(
+    number: int, weights: ChainWeights, batch: int, chunk: int, *, backward: bool
+) -> Iterator[TrainingChain | None]:
     chain = _find(number, weights, batch, chunk)
     if chain is None:
         yield None
@@ -127,24 +137,27 @@ class TrainingChain:
         if backward:
             self._graph(("compose backward",), self.back.compose)()
 
-    def forward(self, rows: Rows, s: Tensor) -> None:
-        """All chunks of `rows`, with what is kept; s `[B, N]` before them is overwritten with that after them."""
-        self._chunks("forward", rows.entries, s, _pieces(len(rows.x)))
-
-    def backward(self, rows: ReverseRows, ds: Tensor) -> None:
-        """The same in reverse; ds `[B, N]`: gradient of the state after them, overwritten with that of the one before.
-
-        qkv's queries are the injected ones.
-        """
-        self._chunks("backward", rows.entries, ds, _pieces(len(rows.attended))[::-1])
-
-    def _chunks(self, direction: str, entries: list[Tensor], s: Tensor, pieces: list[slice]) -> None:
-        runs = [self._runner(direction, piece.stop - piece.start) for piece in pieces]
+    def enter(self, s: Tensor) -> None:
+        """Begin with s `[B, N]`: the state before the first chunk, or the gradient of that behind the last."""
         self.s.copy_(s)
-        for piece, run in zip(pieces, runs, strict=True):
-            blade_table.point(self.table, [entry[piece] for entry in entries])
-            run()
+
+    def leave(self, s: Tensor) -> None:
+        """Overwrite s with where the chain has come to."""
         s.copy_(self.s)
+
+    def forward(self, rows: Rows) -> None:
+        """The next chunks, those of `rows`, with what is kept."""
+        self._chunks("forward", rows.entries, _pieces(len(rows.x)))
+
+    def backward(self, rows: ReverseRows) -> None:
+        """The same in reverse. qkv's queries are the injected ones."""
+        self._chunks("backward", rows.entries, _pieces(len(rows.attended))[::-1])
+
+    def _chunks(self, direction: str, entries: list[Tensor], pieces: list[slice]) -> None:
+        for piece in pieces:
+            run = self._runner(direction, piece.stop - piece.start)
+            blade_table.point(self.table, entries if len(pieces) == 1 else [entry[piece] for entry in entries])
+            run()
 
     def _runner(self, direction: str, count: int = 0) -> Callable[[], None]:
         """What runs so many chunks, wherever the table points when it runs."""

@@ -140,9 +140,13 @@ class NormGradients:
             self.partials[0, 2] += beside.sum(0, dtype=self.partials.dtype)
             torch.add(dx, beside, out=out)
 
+    def totals(self) -> Tensor:
+        """Gradients of weight and bias, and the sum of `beside`, `[3, D]`, in fp32 at least."""
+        return self.partials.sum(0)
+
     def sums(self) -> tuple[Tensor, ...]:
-        """Gradients of weight and bias, and the sum of `beside`: each `[D]`, in fp32 at least, in memory they share."""
-        return self.partials.sum(0).unbind()
+        """The same, each `[D]`, in memory they share."""
+        return self.totals().unbind()
 
 
 def _dense(x: Tensor) -> Tensor:

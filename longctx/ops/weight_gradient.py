@@ -52,7 +52,8 @@ class GradientSums:
     def total(self, name: str) -> Tensor:
         """The sum so far, zeros if nothing was added."""
         found, like = self.sums[name].total, self.parameters[name]
-        return like.new_zeros(like.shape, dtype=_sum_dtype(like)) if found is None else found
+        # Of a bias it may have been a matrix of one row.
+        return like.new_zeros(like.shape, dtype=_sum_dtype(like)) if found is None else found.view(like.shape)
 
     def finished(self) -> list[Tensor]:
         """In the order and the dtypes of the parameters, in memory of their own."""

@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 
 from longctx import blocks
 from longctx.blocks.blade import reference
-from longctx.ops import blade_training, blade_training_graph, chunk_attention_gradients
+from longctx.ops import blade_training_graph, blade_training_layout, chunk_attention_gradients
 from longctx.ops.blade_training import whole_chunks
 from longctx.ops.blade_training_graph import TrainingGraphs
 
@@ -37,7 +37,7 @@ def norm_of(block):
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "num_global_tokens": 3}], ids=["plain", "globals"])
 def test_gradients_against_finite_differences(options, monkeypatch):
-    monkeypatch.setattr(blade_training, "CPU_SLAB_TOKENS", 8)
+    monkeypatch.setattr(blade_training_layout, "CPU_SLAB_TOKENS", 8)
     monkeypatch.setattr(chunk_attention_gradients, "ATTENTION_ROWS", 3)
     block = make(**options)
     names, values = zip(*block.named_parameters(), strict=True)
@@ -60,7 +60,7 @@ def test_slabs_make_no_difference(slab, monkeypatch):
         return [y, *torch.autograd.grad((y * weights).sum(), [x, *block.parameters()])]
 
     want = gradients()
-    monkeypatch.setattr(blade_training, "CPU_SLAB_TOKENS", slab)
+    monkeypatch.setattr(blade_training_layout, "CPU_SLAB_TOKENS", slab)
     monkeypatch.setattr(chunk_attention_gradients, "ATTENTION_ROWS", 3)
     for got, expected in zip(gradients(), want, strict=True):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12)
@@ -184,12 +184,12 @@ def test_fused_training_under_the_interpreter():
     pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
     code = """
 import torch
-from longctx.ops import blade_backward_kernels, blade_kernels, blade_training, blade_training_graph
+from longctx.ops import blade_backward_kernels, blade_kernels, blade_training_graph, blade_training_layout
 from test_blade_training import FUSED, fused_case, fused_error
 blade_training_graph.fits = lambda weights: True
 for index, options in enumerate(FUSED):
     several = 2 * options.get("chunk_size", 64) * options.get("batch", 1)
-    blade_training.CPU_SLAB_TOKENS, most = ((1000, 256), (several, 1))[index % 2]
+    blade_training_layout.CPU_SLAB_TOKENS, most = ((1000, 256), (several, 1))[index % 2]
     blade_kernels.MOST_PARTS = blade_backward_kernels.MOST_PARTS = most
     torch.manual_seed(0)
     block, x = fused_case(device="cpu", dtype=torch.float16, **options)

@@ -1,0 +1,82 @@
+"""How the operators of BLADE's training take what they are given: their parameters by name, rows by chunks and slabs.
+
+Letters: B batch, T sequence length, n tokens of a chunk, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.ops.blade_chain import ChainWeights
+
+CPU_SLAB_TOKENS = 1024
+"""Tokens taken at once off the chain on a CPU: they stay in the cache."""
+GPU_SLAB_TOKENS, MOST_SLAB_TOKENS = 8192, 65536
+FORWARD_SLABS, BACKWARD_SLABS = 2, 4
+"""On a GPU so many slabs of between so many tokens: few launches, and buffers small beside what is kept. Forward needs
+8D of buffer a token, backward 14D."""
+
+NAMES = ("attn_w", "attn_b", "inject_w", "inject_b", "qkv", "out_w", "out_b", "norm_w", "norm_b", "up_w", "up_b")
+NAMES += ("down_w", "down_b", "state_w", "state_b", "global_tokens")
+"""The operators' parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the operators need beside tensors."""
+
+    n_heads: int
+    num_kv_heads: int
+    chunk: int
+    attn_eps: float
+    ffn_eps: float
+
+
+def listed(attn_norm: tuple[Tensor, Tensor, float], weights: ChainWeights) -> list[Tensor]:
+    """The parameters in the order of their names."""
+    parameters = [*attn_norm[:2], *weights.inject, weights.qkv, *weights.out, *weights.norm[:2], *weights.up]
+    parameters += [*weights.down, *weights.state]
+    return parameters if weights.global_tokens is None else [*parameters, weights.global_tokens]
+
+
+def named(parameters: Sequence[Tensor], settings: Settings) -> tuple[tuple[Tensor, Tensor, float], ChainWeights]:
+    """The norm in front of the chain (weight, bias, epsilon), and what the chain reads."""
+    attn_w, attn_b, inject_w, inject_b, qkv, out_w, out_b, norm_w, norm_b, *rest = parameters
+    up_w, up_b, down_w, down_b, state_w, state_b, *global_tokens = rest
+    weights = ChainWeights(
+        n_heads=settings.n_heads,
+        num_kv_heads=settings.num_kv_heads,
+        inject=(inject_w, inject_b),
+        qkv=qkv,
+        out=(out_w, out_b),
+        norm=(norm_w, norm_b, settings.ffn_eps),
+        up=(up_w, up_b),
+        down=(down_w, down_b),
+        state=(state_w, state_b),
+        global_tokens=global_tokens[0] if global_tokens else None,
+    )
+    return (attn_w, attn_b, settings.attn_eps), weights
+
+
+def by_chunks(x: Tensor, chunk: int) -> Tensor:
+    """`[B, T, D]` -> a view `[count, B, n, D]`: each chunk of the batch is one matrix then."""
+    return x.unflatten(1, (x.shape[1] // chunk, chunk)).transpose(0, 1)
+
+
+def slabs(count: int, tokens: int, device: torch.device, wanted: int) -> list[slice]:
+    """Slices of `count` chunks, each of `tokens` over the batch; the first is the largest. wanted: slabs on a GPU."""
+    most = CPU_SLAB_TOKENS
+    if device.type == "cuda":
+        most = min(max(GPU_SLAB_TOKENS, count * tokens // wanted), MOST_SLAB_TOKENS)
+    step = max(1, most // tokens)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def dense(rows: Tensor) -> Tensor:
+    """Contiguous, and where a kernel that reads 16 bytes at a time may begin."""
+    rows = rows.contiguous()
+    return rows.clone() if rows.is_cuda and rows.data_ptr() % 16 else rows
