@@ -152,17 +152,37 @@ def model_inputs(model: nn.Module, cell: Cell, input_generator: InputGenerator |
     if input_generator is not None:
         made = input_generator(cell.length, cell.batch_size, cell.d_model)
         return list(made) if isinstance(made, tuple | list) else [made]
-    vocabulary = getattr(model, "vocab_size", None)
-    if isinstance(vocabulary, int) and isinstance(getattr(model, "embedding", None), nn.Embedding):
+    if _reads_tokens(model):
         generator = torch.Generator().manual_seed(0)
-        return [torch.randint(vocabulary, (cell.batch_size, cell.length), generator=generator)]
-    example = getattr(model, "example_input_array", None)
-    if example is not None:
-        return list(example) if isinstance(example, tuple | list) else [example]
+        return [torch.randint(model.vocab_size, (cell.batch_size, cell.length), generator=generator)]
+    if (example := _example(model)) is not None:
+        return example
     raise NotImplementedError(
         "there is no example input to call it with: give input_generator(sequence_length, batch_size, d_model), "
         "or set the module's example_input_array"
     )
+
+
+def _reads_tokens(model: nn.Module) -> bool:
+    vocabulary = getattr(model, "vocab_size", None)
+    return isinstance(vocabulary, int) and isinstance(getattr(model, "embedding", None), nn.Embedding)
+
+
+def _example(model: nn.Module) -> list[Any] | None:
+    """The model's own `example_input_array`, None where it has none."""
+    example = getattr(model, "example_input_array", None)
+    return example if example is None else list(example) if isinstance(example, tuple | list) else [example]
+
+
+def example_shape(model: nn.Module, input_generator: InputGenerator | None) -> tuple[int, int] | None:
+    """(B, T) of the one input that a model can be called with, None where it takes any: the first two dimensions of its
+    example's first tensor, T = 1 of a tensor that has but one."""
+    if input_generator is not None or _reads_tokens(model):
+        return None
+    first = next(tensors_in(_example(model) or []), None)
+    if first is None or not first.dim():
+        return None
+    return first.shape[0], first.shape[1] if first.dim() > 1 else 1
 
 
 def moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from longctx.engine.device import DTYPES, resolve_device
 from longctx.engine.runner import results_path
 from longctx.errors import UsageError
 from longctx.results import BenchmarkResult
-from longctx.training.calls import Circumstances, InputGenerator
+from longctx.training.calls import Circumstances, InputGenerator, example_shape
 from longctx.training.isolation import untouched
 from longctx.training.measuring import append_rows, measure_blocks, measure_model
 from longctx.training.packages import is_lightning_module
@@ -40,7 +41,8 @@ class LightningBenchmarkRunner:
         """Rows of each distinct block (`<model_name>.<path>`), then of the model whole (`<model_name>`).
 
         input_generator(sequence_length, batch_size, d_model) gives a tensor or a list of them: the model's inputs,
-        and the blocks' too where it is `[B, T, D]`. The model itself is not changed, nor is anything process-wide.
+        and the blocks' too where it is `[B, T, D]`. Without it a model that has but its `example_input_array` has
+        one row, at the batch and length of that. The model itself is not changed, nor is anything process-wide.
         Raises LongctxError for a model without blocks, and lists what it has.
         """
         if not (is_lightning_module(model) or isinstance(model, nn.Module)):
@@ -55,6 +57,9 @@ class LightningBenchmarkRunner:
         with untouched():
             rows = measure_blocks(model, config, circumstances, selector=block_selector, prefix=f"{model_name}.")
             lengths: list[Any] = sorted(config.sequence_lengths)
+            if shape := example_shape(model, input_generator):
+                # An example is of one size: its row says which, whatever was asked for.
+                config, lengths = dataclasses.replace(config, batch_size=shape[0]), [shape[1]]
             rows += [measure_model(model, model_name, length, config, circumstances) for length in lengths]
         self.results += rows
         if config.save_results:

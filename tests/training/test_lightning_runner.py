@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,16 @@ def test_an_input_generator_feeds_model_and_blocks(package, config):
     rows = LightningBenchmarkRunner(config).benchmark_lightning_model(model, "m", generator)
     assert [row.status for row in rows] == ["ok", "ok"], [row.error for row in rows]
     assert set(seen) == {(24, 1, 16)}
+
+
+def test_an_example_of_one_size_is_one_row_of_that_size(package, config):
+    model = third_party(package, attention=OwnAttention(16))
+    model.example_input_array = torch.zeros(3, 10, 16)
+    asked = dataclasses.replace(config, sequence_lengths=[24, 48])
+    *blocks, whole = LightningBenchmarkRunner(asked).benchmark_lightning_model(model, "m")
+    assert [row.sequence_length for row in blocks] == [24, 48]
+    assert (whole.block_name, whole.status, whole.batch_size, whole.sequence_length) == ("m", "ok", 3, 10), whole.error
+    assert whole.throughput_tokens_per_sec == pytest.approx(30 / whole.forward_time_mean)
 
 
 def test_a_selector_says_what_a_block_is(package, config):
