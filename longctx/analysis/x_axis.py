@@ -55,7 +55,7 @@ def x_axis(word: str, rows: Iterable[BenchmarkResult]) -> XAxis:
         return _of_option(name)
     there = ["length", *(axis.name for axis in varying(rows) if axis.name in axes), *_varying_options(rows)]
     raise UsageError(
-        f"there is no x axis {word!r}.{did_you_mean(name, ['length', *axes, *known])}",
+        f"--x cannot be {word!r}.{did_you_mean(name, ['length', *axes, *known])}",
         f"these rows differ in {', '.join(there)}",
     )
 

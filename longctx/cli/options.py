@@ -218,7 +218,7 @@ def axes(**given: list[str] | None) -> tuple[dict[str, Any], dict[str, list[Any]
         if values is not None and not found:
             raise UsageError(f"{_flag(name)} needs at least one value")
         if name in choices:
-            found = [_choice(name, word, choices[name]) for word in found]
+            found = [choice(name, word, choices[name]) for word in found]
         else:
             found = [_whole(name, word) for word in found]
         if found:
@@ -230,7 +230,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _choice(name: str, word: str, allowed: tuple[str, ...]) -> str:
+def choice(name: str, word: str, allowed: tuple[str, ...]) -> str:
+    """The one of `allowed` that `word` names in any case. Raises UsageError that says which option it was."""
     if word.casefold() not in allowed:
         hint = f"there are {', '.join(allowed)}"
         raise UsageError(f"{_flag(name)} cannot be {word!r}.{did_you_mean(word, allowed)}", hint)

@@ -12,7 +12,7 @@ import typer
 
 from longctx.cli import options
 from longctx.config import BenchmarkConfig
-from longctx.errors import ResultsError, UsageError, did_you_mean
+from longctx.errors import ResultsError, UsageError
 
 if TYPE_CHECKING:
     from longctx.results import BenchmarkResult
@@ -94,12 +94,7 @@ def plot(
 
 def check_metrics(names: Sequence[str]) -> list[str]:
     """`names` (a comma may part them too) without repetition. Raises UsageError for one that does not exist."""
-    words = [word.casefold() for word in options.words(list(names))]
-    for word in words:
-        if word not in METRICS:
-            hint = f"there are {', '.join(METRICS)}"
-            raise UsageError(f"unknown metric {word!r}.{did_you_mean(word, METRICS)}", hint)
-    return list(dict.fromkeys(words))
+    return list(dict.fromkeys(options.choice("metric", word, METRICS) for word in options.words(list(names))))
 
 
 def check_target(path: Path, *, force: bool) -> None:
