@@ -59,6 +59,10 @@ def _memory_bytes(result: BenchmarkResult) -> float | None:
 
 
 def _peak_bytes_per_token(result: BenchmarkResult) -> float | None:
+    """The peak of a call a token; in mode decode the state's bytes a token of the context."""
+    if result.mode == "decode":
+        state, tokens = positive(result.state_bytes), (result.batch_size or 1) * result.sequence_length
+        return state and tokens and state / tokens
     return positive(result.peak_bytes_per_token)
 
 
@@ -127,7 +131,7 @@ def metric_for(name: str, results: Iterable[BenchmarkResult]) -> Metric:
     if len(modes) == 1 and (mode := modes.pop()) != "forward":
         titles = {"time": f"{str(mode).capitalize()} time", "scaling": f"Scaling of {mode} time"}
         if mode == "decode":
-            titles["memory"] = "Size of the state"
+            titles |= {"memory": "Size of the state", "memory-per-token": "State per token"}
         return replace(metric, title=titles.get(name, f"{metric.title} ({mode})"))
     return metric
 

@@ -45,6 +45,13 @@ def test_memory_per_token_never_mixes_two_figures():
     assert metric_for("memory-per-token", ours).value(ours[0]) == 100.0
 
 
+def test_what_a_context_costs_in_decode_is_the_state():
+    noisy = {"mode": "decode", "peak_memory_mb": 0.004, "peak_bytes_per_token": 3.0, "batch_size": 2}
+    rows = [row("Dense", t, 1e-3, state_bytes=2 * 512 * t, **noisy) for t in (1024, 2048)]
+    metric = metric_for("memory-per-token", rows)
+    assert [metric.value(r) for r in rows] == [512.0, 512.0] and metric.title == "State per token"
+
+
 def test_the_mode_is_in_the_title():
     assert metric_for("time", [row("A", 1024, 1.0, mode="train")]).title == "Train time"
 
