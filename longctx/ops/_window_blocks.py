@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from longctx.ops.operators import differentiable
 
 # Queries taken together. More waste more on masked corners (W + block keys are computed for W seen), fewer
 # make the products too small. On a CPU the scores of a block must also stay in the second-level cache.
@@ -28,9 +29,9 @@ def _corners(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
         return hidden.tril(-1), hidden.triu(1)
 
 
-def new_seed(dropout_p: float) -> int:
+def new_seed(dropout_p: float) -> Tensor | None:
     """Seed from which forward and backward draw the same dropout; none is drawn where there is no dropout."""
-    return int(torch.randint(0, 2**62, ())) if dropout_p else 0
+    return torch.randint(0, 2**62, ()) if dropout_p else None
 
 
 class _Walk:
@@ -149,14 +150,14 @@ def blocked_forward(
     left: int,
     right: int,
     dropout_p: float,
-    seed: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """q `[B, T, H, K]` over the keys from `left` behind to `right` ahead, and all globals: `[B, T, H, K]`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dtype = compute_dtype(q.dtype)
+    dtype, number = compute_dtype(q.dtype), 0 if seed is None else int(seed)
     for item in range(q.shape[0]):
         qi, ki, vi, gk, gv = _item((q, k, v, global_k, global_v), item, dtype)
-        walk = _Walk(qi, ki, gk, left, right, dropout_p, seed + item)
+        walk = _Walk(qi, ki, gk, left, right, dropout_p, number + item)
         # The globals' part is added for all queries at the end, before anything is rounded.
         whole = out[item] if dtype == out.dtype else torch.empty(out.shape[1:], dtype=dtype, device=out.device)
         far = None if gv is None else qi.new_zeros(walk.heads, walk.queries, walk.far)
@@ -179,56 +180,77 @@ def blocked_forward(
     return out
 
 
-class Blocked(torch.autograd.Function):
-    """`blocked_forward`, and a backward that computes each block's weights again: none of them are kept."""
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_k: Tensor | None,
+    global_v: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> list[Tensor]:
+    """Computes each block's weights again: none of them are kept."""
+    given = (q, k, v, global_k, global_v)
+    dtype, number = compute_dtype(grad.dtype), 0 if seed is None else int(seed)
+    grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in given]
+    for item in range(grad.shape[0]):
+        q, k, v, gk, gv = _item(given, item, dtype)
+        dq, dk, dv, dgk, dgv = (None if t is None else t[item] for t in grads)
+        upstream = grad[item].to(dtype)
+        walk = _Walk(q, k, gk, left, right, dropout_p, number + item)
+        for start, end, low, high in walk:
+            rows, above = walk.rows(q, start, end), walk.rows(upstream, start, end)
+            weights = walk.weights(rows, start, end, low, high)
+            kept = walk.kept(weights)
+            dropped = weights if kept is None else weights * kept
+            slope = torch.bmm(above, walk.columns(v, gv, low, high).transpose(1, 2))
+            if gv is not None:
+                slope[:, :, : walk.far] = torch.bmm(above, gv.permute(1, 2, 0))
+                dgv += torch.bmm(dropped[:, :, : walk.far].transpose(1, 2), above).transpose(0, 1)
+            dv[low:high] += torch.bmm(dropped[:, :, walk.far :].transpose(1, 2), above).transpose(0, 1)
+            if kept is not None:
+                slope.mul_(kept)
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, dtype).mul_(walk.scale)
+            far, near = slope[:, :, : walk.far], slope[:, :, walk.far :]
+            down = torch.bmm(near, k[low:high].transpose(0, 1))
+            if gk is not None:
+                down.baddbmm_(far, gk.transpose(0, 1))
+                dgk += torch.bmm(far.transpose(1, 2), rows).transpose(0, 1)
+            dk[low:high] += torch.bmm(near.transpose(1, 2), rows).transpose(0, 1)
+            dq[start:end] = down.view(walk.heads, end - start, walk.width).transpose(0, 1)
+    return [d.to(grad.dtype) for d in grads if d is not None]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        global_k: Tensor | None,
-        global_v: Tensor | None,
-        left: int,
-        right: int,
-        dropout_p: float,
-        seed: int,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, global_k, global_v)
-        ctx.settings = (left, right, dropout_p, seed)
-        return blocked_forward(q, k, v, global_k, global_v, left, right, dropout_p, seed)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, dropout_p, seed = ctx.settings
-        saved = ctx.saved_tensors
-        dtype = compute_dtype(grad.dtype)
-        grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in saved]
-        for item in range(grad.shape[0]):
-            q, k, v, gk, gv = _item(saved, item, dtype)
-            dq, dk, dv, dgk, dgv = (None if t is None else t[item] for t in grads)
-            upstream = grad[item].to(dtype)
-            walk = _Walk(q, k, gk, left, right, dropout_p, seed + item)
-            for start, end, low, high in walk:
-                rows, above = walk.rows(q, start, end), walk.rows(upstream, start, end)
-                weights = walk.weights(rows, start, end, low, high)
-                kept = walk.kept(weights)
-                dropped = weights if kept is None else weights * kept
-                slope = torch.bmm(above, walk.columns(v, gv, low, high).transpose(1, 2))
-                if gv is not None:
-                    slope[:, :, : walk.far] = torch.bmm(above, gv.permute(1, 2, 0))
-                    dgv += torch.bmm(dropped[:, :, : walk.far].transpose(1, 2), above).transpose(0, 1)
-                dv[low:high] += torch.bmm(dropped[:, :, walk.far :].transpose(1, 2), above).transpose(0, 1)
-                if kept is not None:
-                    slope.mul_(kept)
-                slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, dtype).mul_(walk.scale)
-                far, near = slope[:, :, : walk.far], slope[:, :, walk.far :]
-                down = torch.bmm(near, k[low:high].transpose(0, 1))
-                if gk is not None:
-                    down.baddbmm_(far, gk.transpose(0, 1))
-                    dgk += torch.bmm(far.transpose(1, 2), rows).transpose(0, 1)
-                dk[low:high] += torch.bmm(near.transpose(1, 2), rows).transpose(0, 1)
-                dq[start:end] = down.view(walk.heads, end - start, walk.width).transpose(0, 1)
-        return tuple(None if d is None else d.to(grad.dtype) for d in grads) + (None,) * 4
+def _shapes(q, k, v, global_k, global_v, left, right, dropout_p, seed):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _backward_shapes(grad, q, k, v, global_k, global_v, *others):
+    given = [t for t in (q, k, v, global_k, global_v) if t is not None]
+    return [torch.empty_like(t, dtype=grad.dtype, memory_format=torch.contiguous_format) for t in given]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.left, ctx.right, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _gradients(run: Callable[..., list[Tensor]], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    grads = run(grad, *tensors, ctx.left, ctx.right, ctx.dropout_p, seed)
+    return (*grads, *(None,) * (9 - len(grads)))
+
+
+blocked = differentiable(
+    "blocked_window_attention",
+    blocked_forward,
+    _backward,
+    shapes=_shapes,
+    backward_shapes=_backward_shapes,
+    keep=_keep,
+    gradients=_gradients,
+)
+"""`blocked_forward`, differentiable."""

@@ -78,5 +78,5 @@ def _behind_cache(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, dropout_p: float) -> Tensor:
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    run = blocks.Blocked.apply if grads else blocks.blocked_forward
+    run = blocks.blocked if grads or torch.compiler.is_compiling() else blocks.blocked_forward
     return run(q, k, v, None, None, left, right, dropout_p, blocks.new_seed(dropout_p))

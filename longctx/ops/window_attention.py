@@ -182,7 +182,7 @@ def _band(
         if global_k is None:
             return flash.window(q, k, v, left, right, dropout_p)
         return flash.WindowAndGlobals.apply(q, k, v, global_k, global_v, left, right, dropout_p)
-    run = blocks.Blocked.apply if grads else blocks.blocked_forward
+    run = blocks.blocked if grads or torch.compiler.is_compiling() else blocks.blocked_forward
     return run(q, k, v, global_k, global_v, left, right, dropout_p, blocks.new_seed(dropout_p))
 
 

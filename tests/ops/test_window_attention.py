@@ -220,3 +220,19 @@ def test_flash_kernels_on_cuda(count, groups, causal):
     got = torch.autograd.grad(out, half, upstream.bfloat16())
     for a, b in zip(got, torch.autograd.grad(expected, exact, upstream), strict=True):
         assert (a.double() - b).norm() < 2e-2 * b.norm()
+
+
+def test_the_blocked_products_are_one_operator_to_torch():
+    q, k, v, global_k, global_v = (torch.randn(1, n, 2, 4, requires_grad=True) for n in (9, 12, 12, 3, 3))
+    op = torch.ops.longctx.blocked_window_attention.default
+    torch.library.opcheck(op, (q, k, v, global_k, global_v, 5, 0, 0.3, torch.tensor(7)))
+    torch.library.opcheck(op, (q, k, v, None, None, 5, 0, 0.0, None))
+    compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
+    for dropout_p in (0.0, 0.3):
+        results = []
+        for call in (window_attention, compiled):
+            torch.manual_seed(3)
+            out = call(q, k, v, window=6, dropout_p=dropout_p)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
