@@ -30,7 +30,7 @@ from torch import Tensor
 
 from longctx.ops.blade_kernels import MOST_PARTS, Composed, large_tiles_fit, padded_states
 from longctx.ops.blade_table import at, rows_at
-from longctx.ops.launch import launch
+from longctx.ops.launch import launch, launches_early
 
 WIDEN = (64, 128, 8)
 TURN = (64, 64, 128, 4, 3)
@@ -98,6 +98,8 @@ class Backward:
         width, wide, heads = composed.values.shape[0], composed.up.shape[0], composed.heads
         self.head = width // heads
         self.padded = padded_states(len(sums))
+        self.early = launches_early(sums.device)
+        self.options = {"launch_pdl": True} if self.early else {}
         turn_m, turn_n, turn_k, *rest = TURN
         # A tile holds whole heads.
         turn_n = max(turn_n, self.head)
@@ -133,31 +135,38 @@ class Backward:
         width, wide, states = composed.values.shape[0], composed.up.shape[0], len(composed.constant)
         rows, columns = composed.inject.shape
         heads, groups, head = composed.heads, composed.groups, self.head
+        early, more = self.early, self.options
         tile_m, tile_n, warps = WIDEN
         values = (table, self.gathered, composed.state, composed.up_sum, composed.up_shift, self.moments)
         constants = {"WIDE": wide, "PARTS": self.gathered.shape[1], "PAD": padded, "M": tile_m, "N": tile_n}
-        launch(_widen, self.widen_grid, (*values, index, chunk, states, 1.0 / chunk), constants, num_warps=warps)
+        constants["EARLY"] = early
+        launch(
+            _widen, self.widen_grid, (*values, index, chunk, states, 1.0 / chunk), constants, num_warps=warps, **more
+        )
 
         tiles = wide // tile_n
         constants = {"D": width, "HEAD": head, "WIDE": wide, "TILES": tiles, "PAD_TILES": triton.next_power_of_2(tiles)}
         tile_m, tile_n, tile_k, warps, stages = self.turn
         values = (table, weights.through, weights.through_sum, weights.pass_mean, composed.values, self.moments)
         values = (*values, self.delta, self.halfway, index, chunk, columns, states, 1.0 / chunk)
-        constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k}
-        launch(_turn, self.turn_grid, values, constants, num_warps=warps, num_stages=stages)
+        constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "EARLY": early}
+        launch(_turn, self.turn_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
         tile_m, tile_n, warps, stages = ATTEND
         values = (table, self.delta, composed.inject, self.halfway, self.partials, index, chunk, width, rows, columns)
         values = (*values, states, self.first, self.parts, head**-0.5)
         constants = {"GROUP": heads // groups, "KV": groups * head, "PAD": padded, "K": head, "M": tile_m, "N": tile_n}
-        launch(_attend_backward, self.attend_grid, values, constants, num_warps=warps, num_stages=stages)
+        constants["EARLY"] = early
+        launch(_attend_backward, self.attend_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
 
 @triton.jit(do_not_specialize=["index"])
 def _widen(
     table, partials, state, up_sum, up_shift, moments, index, chunk, states, inverse,
-    WIDE: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile_m, tile_n, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * M + tl.arange(0, M), tile_n * N + tl.arange(0, N)
     there = rows[:, None] < chunk
@@ -172,6 +181,8 @@ def _widen(
     sums, shift = tl.load(up_sum + cols), tl.load(up_shift + cols)
     slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     block = tl.zeros((64, PAD), tl.float32)
     for part in tl.static_range(0, PARTS, 64):
         parts = part + tl.arange(0, 64)
@@ -194,8 +205,10 @@ def _turn(
     table, through, through_sum, pass_mean, values, moments, delta, partials,
     index, chunk, columns, states, inverse,
     D: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, PAD_TILES: tl.constexpr,
-    PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile_m, tile_n, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * M + tl.arange(0, M), tile_n * N + tl.arange(0, N)
     there = rows[:, None] < chunk
@@ -212,6 +225,8 @@ def _turn(
     w = tl.load(pass_mean + channels[:, None] * D + cols[None, :], mask=known[:, None], other=0.0).to(tl.float32)
     back = tl.load(values + cols[:, None] * columns + channels[None, :], mask=known[None, :], other=0.0)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     ds = tl.load(at(table, DSTATES, through_sum, place * states) + channels, mask=known, other=0.0)
     bare += (tl.sum(w * ds[:, None], 0) * inverse)[None, :]
     pieces = tl.arange(0, PAD_TILES)
@@ -242,8 +257,10 @@ def _turn(
 def _attend_backward(
     table, deltas, inject, halfway, partials, index, chunk, width, row, columns, states, first, parts, scale,
     GROUP: tl.constexpr, KV: tl.constexpr, PAD: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     # The first keys are seen by most rows: they start first, as they are.
     tile, head, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels = tl.arange(0, PAD)
@@ -261,6 +278,8 @@ def _attend_backward(
     mine = (head * K + lanes) * columns
     injected = tl.load(inject + mine[:, None] + channels[None, :], mask=known[None, :], other=0.0)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     own = tile * tl.num_programs(1) + head
     part = tl.zeros((PAD,), tl.float32)
     for other in range(own, first, parts):

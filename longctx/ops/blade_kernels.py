@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.blade_table import at, rows_at
-from longctx.ops.launch import launch
+from longctx.ops.launch import launch, launches_early
 
 if TYPE_CHECKING:
     from longctx.ops.blade_chain import ChainWeights
@@ -159,6 +159,8 @@ class Forward:
         width, wide, states = composed.values.shape[0], composed.up.shape[0], len(sums)
         self.padded = padded_states(states)
         head = width // composed.heads
+        self.early = launches_early(sums.device)
+        self.options = {"launch_pdl": True} if self.early else {}
         self.tiles = tiles or (LARGE if large_tiles_fit(sums.device, head) else Tiles())
         project_m, project_n, *_ = self.tiles.project
         expand_m, expand_n, *_ = self.tiles.expand
@@ -187,6 +189,7 @@ class Forward:
 
     def _chunk(self, table: Tensor, index: int) -> None:
         composed, chunk, padded, kept = self.composed, self.chunk, self.padded, self.kept
+        early, more = self.early, self.options
         width, wide, states = composed.values.shape[0], composed.up.shape[0], len(composed.constant)
         rows, columns = composed.inject.shape
         heads, groups = composed.heads, composed.groups
@@ -195,15 +198,15 @@ class Forward:
         tile_m, tile_n, warps, stages = self.tiles.attend
         values = (table, self.gathered, composed.constant, composed.inject, index, chunk, width, rows, columns, states)
         constants = {"GROUP": heads // groups, "KV": groups * head, "PARTS": self.gathered.shape[1], "PAD": padded}
-        constants |= {"K": head, "M": tile_m, "N": tile_n, "KEEP": kept}
+        constants |= {"K": head, "M": tile_m, "N": tile_n, "KEEP": kept, "EARLY": early}
         scale = head**-0.5 * 1.4426950408889634
-        launch(_attend, self.attend_grid, (*values, scale), constants, num_warps=warps, num_stages=stages)
+        launch(_attend, self.attend_grid, (*values, scale), constants, num_warps=warps, num_stages=stages, **more)
 
         tile_m, tile_n, tile_k, warps, stages = self.tiles.project
         values = (table, out_w, out_b, composed.pass_on, state_w, self.stats, self.halfway)
         values = (*values, index, chunk, columns, states, 1.0 / chunk)
-        constants = {"D": width, "PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept}
-        launch(_project, self.project_grid, values, constants, num_warps=warps, num_stages=stages)
+        constants = {"D": width, "PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept, "EARLY": early}
+        launch(_project, self.project_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
         tiles = width // tile_n
         constants = {
@@ -218,8 +221,8 @@ class Forward:
         values = (table, self.stats, composed.up, composed.up_sum, composed.up_shift, composed.state)
         values = (*values, self.halfway, self.partials, index, chunk, states, self.first, self.parts)
         values = (*values, 1.0 / chunk, composed.eps)
-        constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept}
-        launch(_expand, self.expand_grid, values, constants, num_warps=warps, num_stages=stages)
+        constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept, "EARLY": early}
+        launch(_expand, self.expand_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
 
 def large_tiles_fit(device: torch.device, head: int) -> bool:
@@ -233,8 +236,12 @@ def large_tiles_fit(device: torch.device, head: int) -> bool:
 def _attend(
     table, partials, constant, inject, index, chunk, width, row, columns, states, scale,
     GROUP: tl.constexpr, KV: tl.constexpr, PARTS: tl.constexpr, PAD: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        # The next kernel may come in beside this one. It waits before it reads what this one writes, and so does each:
+        # what was written before the kernel before has been written by then too.
+        tl.extra.cuda.gdc_launch_dependents()
     # The last rows see most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, item = tl.program_id(1), tl.program_id(2)
@@ -252,6 +259,8 @@ def _attend(
     there = rows[:, None] < chunk
     q = tl.load(base + rows[:, None] * row + head * K + lanes[None, :], mask=there, other=0.0)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     block = tl.zeros((64, PAD), tl.float32)
     for part in tl.static_range(0, PARTS, 64):
         parts = part + tl.arange(0, 64)
@@ -293,7 +302,10 @@ def _attend(
 def _project(
     table, weight, bias, pass_on, state, stats, partials, index, chunk, columns, states, inverse,
     D: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile_m, tile_n, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * M + tl.arange(0, M), tile_n * N + tl.arange(0, N)
     there = rows[:, None] < chunk
@@ -308,6 +320,8 @@ def _project(
     fixed = tl.load(bias + cols).to(tl.float32) + tl.load(pass_on + cols * columns + states).to(tl.float32)
     w = tl.load(state + channels[:, None] * D + cols[None, :], mask=known[:, None], other=0.0)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     s = tl.load(at(table, STATES, stats, own * states) + channels, mask=known, other=0.0)
     shift = tl.sum(through.to(tl.float32) * s[None, :], 1) + fixed
     acc = x + shift[None, :]
@@ -336,8 +350,10 @@ def _expand(
     table, stats, weight, weight_sum, weight_shift, state, halfway, partials,
     index, chunk, states, first, parts, inverse, eps,
     D: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PAD_TILES: tl.constexpr,
-    PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
+    PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile_m, tile_n, item = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, cols = tile_m * M + tl.arange(0, M), tile_n * N + tl.arange(0, N)
     there = rows[:, None] < chunk
@@ -346,6 +362,8 @@ def _expand(
     sums, shift = tl.load(weight_sum + cols), tl.load(weight_shift + cols)
     w = tl.load(state + channels[:, None] * WIDE + cols[None, :], mask=known[:, None], other=0.0)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     pieces = tl.arange(0, PAD_TILES)
     counted = there & (pieces < TILES)[None, :]
     spot = stats + ((item * chunk + rows[:, None]) * TILES + pieces[None, :]) * 2

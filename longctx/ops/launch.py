@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+EARLY = True
+"""Whether kernels that can do so may begin while the one before them ends (programmatic dependent launch)."""
 
 MOST_VARIANTS = 4096
 _variants: dict[tuple[Any, ...], CompiledKernel] = {}
@@ -26,7 +30,7 @@ def launch(
     """Run `kernel` over `grid` on (values, constants), the order of its parameters, on the device of the first value.
 
     values: tensors, numbers, None, tensor descriptors. constants: its `tl.constexpr` parameters. options: num_warps,
-    num_stages. Under Triton's interpreter the tensors may lie on a CPU.
+    num_stages, launch_pdl. Under Triton's interpreter the tensors may lie on a CPU.
     """
     first = values[0]
     if torch.compiler.is_compiling():
@@ -77,6 +81,18 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.is_cuda and (torch.compiler.is_compiling() or _gpus() > 1):
         return torch.cuda.device(x.device)
     return _alone
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether `launch_pdl` works on this device: Hopper or later, and a Triton that knows how.
+
+    A kernel launched so calls `tl.extra.cuda.gdc_wait()` before it reads or overwrites anything of the kernels before.
+    """
+    if not EARLY or device.type != "cuda" or capability(device) < (9, 0):
+        return False
+    # Earlier ones have the instructions, but not all of them the launch.
+    known = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+    return known and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def power_of_2(least: int) -> int:
