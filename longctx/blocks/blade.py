@@ -16,9 +16,8 @@ C chunk_size, N state_dim, m num_global_tokens.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.blocks import _shell
+from longctx.blocks._blade_reference import cost, reference
+from longctx.blocks._blade_state import BLADEState, BLADEStream, Tape, append
 from longctx.blocks._shell import PreNormBlock, check_counts
-from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
-from longctx.config import Cell
+from longctx.blocks._spec import BlockSpec
 from longctx.errors import UsageError
 from longctx.ops.blade_chain import (
     ChainWeights,
@@ -38,73 +38,18 @@ from longctx.ops.blade_chain import (
     chunk_attention_path,
     sum_dtype,
 )
-from longctx.ops.blade_graph import ChainGraphs, kernels_fit
+from longctx.ops.blade_graph import ChainGraphs, Slab, kernels_fit
+from longctx.ops.blade_pipeline import run_slabs
 from longctx.ops.blade_training import whole_chunks
 from longctx.ops.blade_training_graph import MOST_CHUNK_TOKENS, TrainingGraphs
-from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, decode_path, step_key, step_weights, wanted
+from longctx.ops.layer_norm import normalize
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
 GPU_CHAIN_TOKENS = 8192
 # Where a chunk is longer than a slab it is taken in parts, of not fewer tokens than this.
 LEAST_PART = 128
-
-
-@dataclass(eq=False)
-class _Tape:
-    """Keys and values of a chunk in arrival order, with room behind them, so that a token moves none of the others.
-
-    rows `[B, capacity, 2GK]`; the first `used` of them are written, and never written again.
-    """
-
-    rows: Tensor
-    used: int
-
-
-@dataclass(kw_only=True, eq=False)
-class BLADEState:
-    """What a stream carries on.
-
-    s: the recurrent state `[B, N]` as if the current chunk ended here. start: the one that the current chunk began
-    with. total: sum of y over the chunk's tokens so far, `[B, D]`. All three in fp32, or fp64 in an fp64 block.
-    kv: keys and values of the chunk's tokens so far, without injection, `[B, n < C, 2GK]`. tape: what kv lies on.
-    """
-
-    s: Tensor
-    start: Tensor
-    total: Tensor
-    kv: Tensor
-    tape: _Tape | None = None
-
-    def detach(self) -> BLADEState:
-        """The same state, cut off from the graph of what came before."""
-        # A copy: in training the keys are rows of a larger tensor, which would be kept alive.
-        return BLADEState(
-            s=self.s.detach(),
-            start=self.start.detach(),
-            total=self.total.detach(),
-            kv=self.kv.detach().clone(),
-        )
-
-
-@dataclass(kw_only=True, eq=False)
-class BLADEStream(Stream):
-    """What a stream carries on where steps are replays of a CUDA graph. start: as in `BLADEState`."""
-
-    block: BLADEBlock
-    live: Live
-    start: Tensor
-
-    @property
-    def s(self) -> Tensor:
-        """The recurrent state as if the current chunk ended here."""
-        count = self.live.count
-        return self.start.clone() if count == 0 else self.block.project_state(self.live.total() / count)
-
-    def detach(self) -> BLADEState:
-        # A copy: autograd refuses to save what inference mode made.
-        start = self.start.clone()
-        return BLADEState(s=self.s, start=start, total=self.live.total(), kv=self.live.recent())
 
 
 class BLADEBlock(PreNormBlock):
@@ -309,36 +254,42 @@ class BLADEBlock(PreNormBlock):
         in_buffers = [count * size for _, count, size, whole in slabs if graphs is None or not whole]
         rows, width = max(in_buffers, default=0) * x.shape[0], self.d_model
         buffers = tuple(x.new_empty(rows, n) for n in (width, width + self._kv_width, 4 * width))
-        for start, count, size, whole in slabs:
-            span = slice(start, start + count * size)
+
+        def by_chunks(start: int, count: int, size: int) -> tuple[Tensor, Tensor]:
             # Chunk-major, `[count, B, n, D]`: each chunk of the batch is then one matrix.
-            x_slab, y_slab = (t[:, span].unflatten(1, (count, size)).transpose(0, 1) for t in (x, y))
-            if whole and graphs is not None:
-                with graphs.slab(count, x.shape[0], size) as (slab, run):
-                    slab.residual.copy_(x_slab)
-                    slab.s.copy_(state.start)
-                    scratch = self._project(slab.residual, slab.qkv)
-                    run()
-                    self._contract(slab.residual, slab.hidden, scratch, out=y_slab)
-                    state = self._fresh(slab.s.clone())
+            span = slice(start, start + count * size)
+            return tuple(t[:, span].unflatten(1, (count, size)).transpose(0, 1) for t in (x, y))
+
+        for in_graphs, group in itertools.groupby(slabs, lambda slab: slab[3] and graphs is not None):
+            if in_graphs:
+                pairs = [by_chunks(*place) for *place, _ in group]
+                state = self._fresh(run_slabs(graphs, pairs, state.start, self._begin_slab, self._end_slab))
                 continue
-            x_slab = x_slab.contiguous()
-            residual, qkv, hidden = (buffer[: x_slab.numel() // width] for buffer in buffers)
-            residual, qkv = (flat.view(*x_slab.shape[:-1], -1) for flat in (residual, qkv))
-            hidden = hidden.view(count, -1, 4 * width)
-            scratch = self._project(x_slab, qkv)
-            needed = keep_state or span.stop < x.shape[1]
-            if whole:
-                s = chain(weights, x_slab, qkv, state.start, residual=residual, hidden=hidden, want_state=needed)
-                state = self._fresh(s)
-            else:
-                state = self._part(weights, x_slab[0], qkv[0], state, residual[0], hidden[0], needed)
-            self._contract(residual, hidden, scratch, out=y_slab)
+            for start, count, size, whole in group:
+                x_slab, y_slab = by_chunks(start, count, size)
+                x_slab = x_slab.contiguous()
+                residual, qkv, hidden = (buffer[: x_slab.numel() // width] for buffer in buffers)
+                residual, qkv = (flat.view(*x_slab.shape[:-1], -1) for flat in (residual, qkv))
+                hidden = hidden.view(count, -1, 4 * width)
+                scratch = self._project(x_slab, qkv)
+                needed = keep_state or start + count * size < x.shape[1]
+                if whole:
+                    s = chain(weights, x_slab, qkv, state.start, residual=residual, hidden=hidden, want_state=needed)
+                    state = self._fresh(s)
+                else:
+                    state = self._part(weights, x_slab[0], qkv[0], state, residual[0], hidden[0], needed)
+                self._contract(residual, hidden, scratch, out=y_slab)
         return y, state if keep_state else None
 
-    def _project(self, x: Tensor, qkv: Tensor) -> Tensor:
+    def _begin_slab(self, slab: Slab, scratch: Tensor) -> None:
+        self._project(slab.residual, slab.qkv, scratch)
+
+    def _end_slab(self, slab: Slab, scratch: Tensor, y: Tensor) -> None:
+        self._contract(slab.residual, slab.hidden, scratch, out=y)
+
+    def _project(self, x: Tensor, qkv: Tensor, scratch: Tensor | None = None) -> Tensor:
         """What comes before the chain, for a slab: x `[count, B, n, D]` -> qkv. Returns a buffer of the shape of x."""
-        normed = self.norm(x)
+        normed = normalize(x, self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps, out=scratch)
         torch.mm(normed.view(-1, self.d_model), self.qkv_proj.weight.t(), out=qkv.view(-1, qkv.shape[-1]))
         return normed
 
@@ -360,30 +311,10 @@ class BLADEBlock(PreNormBlock):
     ) -> BLADEState | None:
         """Part of a chunk: x `[B, n, D]` and its projection -> the state after it, None if it is not needed."""
         q, kv = qkv.split([self.d_model, self._kv_width], dim=-1)
-        kv, tape = self._append(state, kv)
+        kv, tape = append(state, kv, self.chunk_size)
         parts = (weights, weights.global_kv(), x, q, kv, state.start)
         mean = chain_chunk(*parts, residual=residual, hidden=hidden, want_mean=needed)
         return None if mean is None else self._advance(state, mean, kv, x.shape[1], tape)
-
-    def _append(self, state: BLADEState, new: Tensor) -> tuple[Tensor, _Tape]:
-        """Keys and values of the chunk with those of `new` `[B, n, 2GK]` behind them, and the tape they are on."""
-        before, tokens = state.kv.shape[1], new.shape[1]
-        tape = state.tape
-        # Another state may have gone on from this one: what lies behind it on the tape is then the other's.
-        goes_on = (
-            tape is not None
-            and tape.used == before
-            and before + tokens <= tape.rows.shape[1]
-            and tape.rows.dtype == new.dtype
-            and not (tape.rows.is_inference() and not torch.is_inference_mode_enabled())
-        )
-        if not goes_on:
-            room = min(self.chunk_size, max(2 * (before + tokens), 64))
-            tape = _Tape(rows=new.new_empty(new.shape[0], room, new.shape[2]), used=before)
-            tape.rows[:, :before] = state.kv
-        tape.rows[:, before : before + tokens] = new
-        tape.used += tokens
-        return tape.rows[:, : tape.used], tape
 
     def _chain_weights(self) -> ChainWeights:
         def both(linear: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -405,7 +336,7 @@ class BLADEBlock(PreNormBlock):
     # -- both ---------------------------------------------------------------------------------------------------------
 
     def _advance(
-        self, state: BLADEState, mean: Tensor, kv: Tensor, tokens: int, tape: _Tape | None = None
+        self, state: BLADEState, mean: Tensor, kv: Tensor, tokens: int, tape: Tape | None = None
     ) -> BLADEState:
         """The state after `tokens` more tokens of a chunk, whose y have the given mean `[B, D]`."""
         filled = state.kv.shape[1] + tokens
@@ -453,59 +384,6 @@ class BLADEBlock(PreNormBlock):
     @property
     def _kv_width(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim
-
-
-def reference(block: BLADEBlock, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x `[B, T, D]`, s `[B, N]` or None -> (y `[B, T, D]`, s): a loop over chunks, each with a dense mask."""
-    batch, m = x.shape[0], block.num_global_tokens
-    heads, groups, width = block.n_heads, block.num_kv_heads, block.head_dim
-    s = x.new_zeros(batch, block.state_dim) if s is None else s
-    chunks = []
-    for chunk in x.split(block.chunk_size, dim=1):
-        z = block.attn_norm(chunk) + block.state_inject(s)[:, None]
-        if m:
-            z = torch.cat([block.global_tokens.expand(batch, -1, -1), z], dim=1)
-        length = z.shape[1]
-        q, k, v = block.qkv_proj(z).split([heads * width, groups * width, groups * width], dim=-1)
-        q = q.view(batch, length, heads, width).transpose(1, 2)
-        k, v = (
-            rows.view(batch, length, groups, width).transpose(1, 2).repeat_interleave(heads // groups, dim=1)
-            for rows in (k, v)
-        )
-        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        scores = (q @ k.transpose(-1, -2) / width**0.5).masked_fill(later, float("-inf"))
-        a = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)[:, m:]
-        y = chunk + block.out_proj(a)
-        y = y + block.ffn_down(F.gelu(block.ffn_up(block.ffn_norm(y))))
-        s = block.state_proj(y.mean(1))
-        chunks.append(y)
-    return torch.cat(chunks, dim=1), s
-
-
-def cost(cell: Cell, options: Mapping[str, Any]) -> Cost:
-    """The shell, the pairs inside chunks and with globals, two narrow matrices a chunk, the globals' keys and values.
-
-    In mode decode: the last of T tokens.
-    """
-    chunk, states, m = options["chunk_size"], options["state_dim"], options["num_global_tokens"]
-    width, length, decode = cell.d_model, cell.length, cell.mode == "decode"
-    kv_row = 2 * (cell.num_kv_heads or cell.n_heads) * (width // cell.n_heads)
-    whole, tail = divmod(length, chunk)
-    visible = (length - 1) % chunk + 1
-    pairs = whole * chunk * (chunk + 1) / 2 + tail * (tail + 1) / 2 + length * m
-    calls = 1 if decode else whole + (tail > 0)
-    # s, the s that the chunk began with and the sum of y are kept in fp32 where the rest is in half precision.
-    size = ELEMENT_BYTES[cell.dtype]
-    sums = (2 * states + width) * max(4, size) / size
-    shared = shell_cost(
-        cell,
-        pairs=visible + m if decode else pairs,
-        other_flops=2.0 * (calls * 2 * width * states + m * width * kv_row),
-        state_elements=tail * kv_row + sums,
-        read_elements=(visible - 1) * kv_row + sums,
-    )
-    own = (2 * width * states + m * width) * size * (3 if cell.mode == "train" else 1)
-    return dataclasses.replace(shared, bytes=shared.bytes + own)
 
 
 SPEC = BlockSpec(label="BLADE", build=BLADEBlock, reference=reference, cost=cost)

@@ -29,7 +29,7 @@ except ImportError:  # a torch without Triton: the chain is then made of torch's
     kernels = blade_table = None
 
 MOST_GRAPHS = 16
-"""Graphs of a block that are kept. Chunks are taken by 16, 8, 4, 2 and 1, so that one batch size needs up to six."""
+"""Graphs of a block that are kept. Chunks are taken by 16, 8, 4, 2 and 1, so that one batch size needs up to seven."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -130,8 +130,11 @@ class Prepared:
     composed: Any
 
     @contextmanager
-    def slab(self, count: int, batch: int, chunk: int) -> Iterator[tuple[Slab, Callable[[], None]]]:
-        """Buffers for `count` chunks, to be filled, and what then runs the chain over them."""
+    def slab(self, count: int, batch: int, chunk: int, number: int = 0) -> Iterator[tuple[Slab, Callable[[], None]]]:
+        """Buffers for `count` chunks, to be filled, and what then runs the chain over them.
+
+        number: others than those of another number.
+        """
         with torch.cuda.device(self.weights.qkv.device):
             if self.captured:
                 # The chain becomes part of the caller's graph, over memory of that graph.
@@ -140,7 +143,7 @@ class Prepared:
                 return
             rows, width = self.weights.qkv.shape
             wide = self.weights.up[0].shape[0]
-            shape = (count, batch, chunk, rows, width, wide, self.weights.inject[0].shape[1])
+            shape = (count, batch, chunk, rows, width, wide, self.weights.inject[0].shape[1], number)
             shared = (self.key[0], self.key[2], self.weights.qkv.dtype, *shape)
             slab = _slabs.get(shared)
             if slab is None:

@@ -25,4 +25,6 @@ def capture(
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     # One for all: cuBLAS keeps a workspace of tens of MiB for every stream that it has seen.
-    return torch.cuda.Stream(device)
+    # Kernels of a graph have the priority of the stream that they were captured from. What is captured is bound by
+    # latency, and comes before what may run beside it.
+    return torch.cuda.Stream(device, priority=-1)

@@ -85,6 +85,21 @@ def test_the_kernels_agree_with_the_definition(options, dtype, tolerance):
             assert torch.equal(got, same)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{"chunk": 130, "batch": 2}, {"d_model": 512, "n_heads": 8, "chunk": 512}], ids=str)
+def test_early_launches_change_nothing(options, monkeypatch):
+    from longctx.ops import blade_kernels, launch
+
+    with torch.inference_mode():
+        weights, inputs = case(device="cuda", dtype=torch.bfloat16, count=40, **options)
+        with monkeypatch.context() as late:
+            late.setattr(launch, "EARLY", False)
+            want = fused(blade_kernels, weights, *inputs)
+        for _ in range(5):
+            for got, expected in zip(fused(blade_kernels, weights, *inputs), want, strict=True):
+                assert relative(got, expected.double()) < 1e-3
+
+
 def test_the_kernels_under_the_interpreter():
     """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
     pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
