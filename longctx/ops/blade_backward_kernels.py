@@ -63,8 +63,8 @@ class ReverseRows:
     Read: qkv `[count, B, C, E]`, the queries injected; wide `[count, B * C, 4D]`, attended `[count, B, C, D]`, lse
     `[count, B, H, C]` fp32 as kept; rstd `[count, B, C]` fp32 of the norm before W_up; from_dy and along
     `[count, B, C, D]`: dy W_out and n W_out. Overwritten: dwide `[count, B * C, 4D]`, W_down^T dy before and the
-    gradient of wide after; dattended `[count, B, C, D]`; dstates `[count, B, N]` fp32, the gradient of the state after
-    each chunk.
+    gradient of wide after; dattended `[count, B, C, D]`, which may be from_dy; dstates `[count, B, N]` fp32, the
+    gradient of the state after each chunk.
     """
 
     qkv: Tensor

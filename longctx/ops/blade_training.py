@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longctx.ops.blade_chain import ChainWeights
+from longctx.ops.blade_pipeline import run
 from longctx.ops.blade_training_backward import backward
 from longctx.ops.blade_training_chain import kept_chain
 from longctx.ops.blade_training_graph import TrainingGraphs, fused_chain, kernels
-from longctx.ops.blade_training_layout import FORWARD_SLABS, Settings, by_chunks, dense, listed, named, slabs
+from longctx.ops.blade_training_layout import FORWARD_SHARE, Settings, by_chunks, dense, listed, named, slabs
 from longctx.ops.layer_norm import normalize
 
 
@@ -68,30 +69,49 @@ def _forward(
     y, last, states, qkv, residual, wide, attended, lse = _empty(x, s, weights, chunk)
     rows, out, width = by_chunks(x, chunk), by_chunks(y, chunk), x.shape[2]
     last.copy_(s)
-    every = slabs(len(rows), x.shape[0] * chunk, x.device, FORWARD_SLABS)
-    buffer = torch.empty_like(wide[every[0]])
+    every = slabs(len(rows), x.shape[0] * chunk, x.device, FORWARD_SHARE)
     with fused_chain(graphs, weights, x.shape[0], chunk) as fused:
-        if fused is not None:
-            fused.enter(last)
-        for slab in every:
-            x_slab, hidden = dense(rows[slab]), buffer[: slab.stop - slab.start]
-            # What is passed on between products lies where y will be.
-            passed = out[slab] if out[slab].is_contiguous() else torch.empty_like(x_slab)
-            flat = passed.view(-1, width)
-            normalize(x_slab, *norm, out=passed)
-            torch.mm(flat, weights.qkv.t(), out=qkv[slab].view(-1, qkv.shape[-1]))
+        overlaps = fused is not None and x.is_cuda
+        buffers = [torch.empty_like(wide[every[0]]) for _ in range(2 if overlaps and len(every) > 1 else 1)]
+        # What is passed on between products lies where y will be; without room for it there, beside it.
+        spare = None if out[every[0]].is_contiguous() else torch.empty_like(residual[every[0]])
+        dense_rows: dict[int, Tensor] = {}
+
+        def passed(index: int) -> Tensor:
+            slab = every[index]
+            return out[slab] if spare is None else spare[: slab.stop - slab.start]
+
+        def hidden(index: int) -> Tensor:
+            return buffers[index % len(buffers)][: every[index].stop - every[index].start]
+
+        def before(index: int) -> None:
+            x_slab = dense_rows[index] = dense(rows[every[index]])
+            normed = normalize(x_slab, *norm, out=passed(index))
+            torch.mm(normed.view(-1, width), weights.qkv.t(), out=qkv[every[index]].view(-1, qkv.shape[-1]))
+
+        def chain(index: int) -> None:
+            slab, x_slab = every[index], dense_rows[index]
             if fused is None:
                 kept = (states[slab], residual[slab], wide[slab], attended[slab], lse[slab])
-                kept_chain(weights, x_slab, qkv[slab], last, *kept, hidden)
-            else:
-                fused.forward(
-                    kernels.Rows(
-                        x=x_slab, residual=residual[slab], qkv=qkv[slab], hidden=hidden, attended=attended[slab],
-                        states=states[slab], lse=lse[slab], wide=wide[slab],
-                    )
-                )  # fmt: skip
-            torch.addmm(weights.down[1], hidden.view(-1, 4 * width), weights.down[0].t(), out=flat)
-            torch.add(residual[slab], passed, out=out[slab])
+                kept_chain(weights, x_slab, qkv[slab], last, *kept, hidden(index))
+                return
+            fused.forward(
+                kernels.Rows(
+                    x=x_slab, residual=residual[slab], qkv=qkv[slab], hidden=hidden(index), attended=attended[slab],
+                    states=states[slab], lse=lse[slab], wide=wide[slab],
+                )
+            )  # fmt: skip
+
+        def after(index: int) -> None:
+            del dense_rows[index]
+            down = passed(index)
+            flat = hidden(index).view(-1, 4 * width)
+            torch.addmm(weights.down[1], flat, weights.down[0].t(), out=down.view(-1, width))
+            torch.add(residual[every[index]], down, out=out[every[index]])
+
+        if fused is not None:
+            fused.enter(last)
+        run(x.device, len(every), before, chain, after, beside=overlaps)
         if fused is not None:
             fused.leave(last)
     return y, last, states, qkv, residual, wide, attended, lse
@@ -131,13 +151,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(x, *parameters, *output[2:])
 
 
-def _gradients(run: Any, ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> list[Tensor]:
+def _gradients(backward_pass: Any, ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> list[Tensor]:
     x, *saved = ctx.saved_tensors
     parameters, kept = saved[: ctx.parameters], saved[ctx.parameters :]
     dy = torch.zeros_like(x) if dy is None else dy
     # The first of what is kept are the states, `[count, B, N]`.
     dlast = torch.zeros_like(kept[0][0]) if dlast is None else dlast
-    return run(dy, dlast, x, parameters, kept, *ctx.settings)
+    return backward_pass(dy, dlast, x, parameters, kept, *ctx.settings)
 
 
 # -- with and without a compiler ---------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from longctx.ops.blade_kernels import Rows
 
 MOST_CHUNKS = 64
-"""Chunks of the longest graph. Any number of them is done in graphs of 64, 32, 16, 8, 4, 2 and 1."""
+"""Chunks of the longest graph. Any number of them is done in graphs of up to 64 by eights, and of 4, 2 and 1."""
 MOST_CHUNK_TOKENS = 8192
 """Larger chunks, counted over the batch, wait for work, not for launches: torch's kernels then do as well."""
 MOST_CHAINS = 4
@@ -166,7 +166,8 @@ class TrainingChain:
         def rehearsal() -> None:
             rows = self._one_chunk(direction)
             blade_table.point(self.table, rows)
-            chain.run(self.table, self.s, 1)
+            # Another s than the one that a call may be under way with.
+            chain.run(self.table, torch.zeros_like(self.s), 1)
 
         return self._graph((direction, count), lambda: chain.run(self.table, self.s, count), rehearsal)
 
@@ -205,7 +206,8 @@ def _pieces(count: int) -> list[slice]:
     """Slices of `count` chunks, one after the other, each of them as long as some graph."""
     start, slices = 0, []
     while start < count:
-        size = min(MOST_CHUNKS, 1 << ((count - start).bit_length() - 1))
+        left = count - start
+        size = min(MOST_CHUNKS, left // 8 * 8 if left >= 8 else 1 << (left.bit_length() - 1))
         slices.append(slice(start, start + size))
         start += size
     return slices

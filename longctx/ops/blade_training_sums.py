@@ -32,29 +32,30 @@ class ChunkSums:
         # As products they are several times faster than as reductions. What is rounded is a sum, not its addends; but
         # fp16 might not have the range.
         self.products = half and like.dtype == torch.bfloat16
+        self.each_token = self.ones[None, :, : self.tokens] if half else None
         self.dtype = like.dtype if self.products else sum_dtype(like.dtype)
         self.dstates, self.added = torch.empty_like(states), states.new_zeros(*states.shape[:2], rows)
         self.hidden = states.new_empty(*states.shape[:2], 4 * width, dtype=self.dtype)
         self.dresidual, self.dq = (states.new_empty(*states.shape[:2], width, dtype=self.dtype) for _ in range(2))
 
     def over_tokens(self, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """`[count, B, n, W]` -> sums over the n `[count, B, W]`."""
+        """Rows of whole chunks, `[..., W]`, one after the other -> sums over each chunk's tokens `[count, B, W]`."""
+        by_chunk = rows.view(-1, self.tokens, rows.shape[-1])
         if out is None:
-            out = rows.new_empty(*rows.shape[:2], rows.shape[3], dtype=self.dtype)
-        if not self.products:
-            return torch.sum(rows, 2, dtype=out.dtype, out=out)
-        flat = rows.flatten(0, 1)
-        ones = self.ones[:, : self.tokens].expand(len(flat), -1, -1)
-        torch.bmm(ones, flat, out=out.view(len(flat), 1, -1))
+            out = rows.new_empty(*self.states.shape[:2], rows.shape[-1], dtype=self.dtype)
+        flat = out.view(-1, 1, rows.shape[-1])
+        if self.products:
+            torch.bmm(self.each_token.expand(len(flat), -1, -1), by_chunk, out=flat)
+        else:
+            torch.sum(by_chunk, 1, keepdim=True, dtype=out.dtype, out=flat)
         return out
 
     def over_rows(self, sums: GradientSums, name: str, rows: Tensor) -> None:
-        """Add the sum of rows `[..., W]` to the gradient of a bias."""
-        flat = rows.flatten(0, -2)
+        """Add the sum of rows `[t, W]` to the gradient of a bias."""
         if self.ones is None:
-            sums.add(name, flat.sum(0, dtype=sum_dtype(flat.dtype)))
+            sums.add(name, rows.sum(0, dtype=sum_dtype(rows.dtype)))
         else:
-            sums.outer(name, self.ones[:, : len(flat)].t(), flat)
+            sums.outer(name, self.ones[:, : len(rows)].t(), rows)
 
 
 def through_the_norm(weights: ChainWeights, sums: GradientSums) -> None:

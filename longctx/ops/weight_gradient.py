@@ -47,13 +47,21 @@ class GradientSums:
 
     def outer(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add left^T right, both with their rows flattened."""
-        self.sums[name].add(left.flatten(0, -2), right.flatten(0, -2))
+        # A view is a microsecond or two of the host's time, and a backward pass has hundreds.
+        left, right = (rows if rows.dim() == 2 else rows.flatten(0, -2) for rows in (left, right))
+        self.sums[name].add(left, right)
 
     def total(self, name: str) -> Tensor:
         """The sum so far, zeros if nothing was added."""
         found, like = self.sums[name].total, self.parameters[name]
         # Of a bias it may have been a matrix of one row.
         return like.new_zeros(like.shape, dtype=_sum_dtype(like)) if found is None else found.view(like.shape)
+
+    def used_here(self) -> None:
+        """Say that sums which were made on another CUDA stream are used on this one, until they are let go."""
+        for mine in self.sums.values():
+            if mine.total is not None:
+                mine.total.record_stream(torch.cuda.current_stream(mine.total.device))
 
     def finished(self) -> list[Tensor]:
         """In the order and the dtypes of the parameters, in memory of their own."""
