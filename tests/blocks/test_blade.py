@@ -15,7 +15,7 @@ from longctx import blocks
 from longctx.blocks import _shell, blade
 from longctx.blocks.blade import SPEC, reference
 from longctx.errors import LongctxError, UsageError
-from longctx.ops import blade_graph, blade_pipeline
+from longctx.ops import blade_graph
 
 GOLDEN = sorted(Path(__file__).parent.glob("golden/blade_*.npz"))
 LENGTHS = (1, 2, 7, 8, 9, 16, 29)
@@ -383,20 +383,3 @@ def test_inside_a_graph_of_the_caller_and_on_another_stream():
     given.copy_(x)
     graph.replay()
     assert relative(out, want) < 1e-2
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"num_global_tokens": 3}], ids=str)
-@torch.no_grad()
-def test_slabs_beside_each_other_give_the_same(options, monkeypatch):
-    monkeypatch.setattr(blade, "GPU_CHAIN_TOKENS", 128)
-    block = on_gpu(**options)
-    for batch, length in ((1, 5000), (3, 700)):
-        x = gpu_tokens(batch, length)
-        monkeypatch.setattr(blade_pipeline, "BESIDE", False)
-        want, end = block(x)
-        monkeypatch.setattr(blade_pipeline, "BESIDE", True)
-        for _ in range(5):
-            y, state = block(x)
-            assert torch.equal(y, want) and torch.equal(state.s, end.s)
-    assert relative(want, exact(block, x)[0]) < 2e-2
