@@ -85,6 +85,19 @@ def test_beyond_the_range_it_is_an_extrapolation_or_refused():
     assert few.verdict == "above" and "few lengths" in few.reason
 
 
+def test_the_interval_of_an_extrapolation_holds_the_crossing():
+    held, lengths = [], LENGTHS[:6]
+    for seed in range(120):
+        pair = [
+            *rows("A", lambda t: 8e-5 * t, lengths, noise=0.02, seed=seed),
+            *rows("Dense", lambda t: 1e-9 * t * t, lengths, noise=0.02, seed=seed + 1000),
+        ]
+        found = crossover(*growths(curves(pair)))
+        assert found.extrapolated
+        held.append(found.low <= 80_000 <= (found.high or np.inf))
+    assert 0.93 <= np.mean(held) <= 1.0, np.mean(held)
+
+
 def test_curves_of_different_settings_do_not_mix():
     run = [*rows("A", lambda t: 1e-7 * t, dtype="fp32"), *rows("Dense", lambda t: 1e-8 * t, dtype="bf16")]
     assert conclude(run).crossovers == []
