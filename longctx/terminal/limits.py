@@ -81,7 +81,8 @@ class LiveLimits(LiveView):
         for cell, row in self.results.items():
             found[self._line(cell)][1][cell.length] = row
         # The running one stays among those that the screen has room for.
-        keys, most = list(found), max(1, room - 1)
+        keys = list(found)
+        most = max(1, room - 1 if len(keys) < room else room - 2)
         now = keys.index(self._line(self.running)) if self.running and self._line(self.running) in found else 0
         first = max(0, min(now - most // 2, len(keys) - most))
         shown = keys[first : first + most]
@@ -102,7 +103,10 @@ class LiveLimits(LiveView):
             Column(header="too long", cells=ends, keep=2),
             Column(header="memory", cells=sizes, keep=1),
         ]
-        return [layout(columns, width, ascii_only=self.ascii, styles=styles)]
+        text = layout(columns, width, ascii_only=self.ascii, styles=styles)
+        if len(keys) > len(shown):
+            text.append(f"\n{len(keys) - len(shown)} more rows", style="dim")
+        return [text]
 
 
 # -- what was found ------------------------------------------------------------------------------------------------

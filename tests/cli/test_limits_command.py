@@ -140,6 +140,26 @@ def test_the_live_picture_fits_the_screen(search, width, height):
     assert "7 lengths tried" in picture and "2,048" in picture and "8,192 TIMEOUT" in picture
 
 
+def test_the_running_search_is_among_those_that_the_screen_has_room_for():
+    import io
+
+    from rich.console import Console
+
+    from longctx.terminal.limits import LiveLimits
+
+    view = LiveLimits(Console(file=io.StringIO(), width=50, height=12, force_terminal=True), animate=False)
+    (first,) = BenchmarkConfig(sequence_lengths=[1024]).cells(parse_blocks(["BLADE"]), dtype="fp32")
+    cells = [dataclasses.replace(first, batch_size=size) for size in range(1, 13)]
+    view.update(SweepStarted(cells=tuple(cells), rounds=1, environment={}, path=None))
+    for running in cells:
+        view.update(CellStarted(cell=running, round=0))
+        text = Console(file=io.StringIO(), width=50)
+        text.print(view.render())
+        lines = text.file.getvalue().splitlines()
+        assert len(lines) <= 12 and any(line.split()[:2] == [str(running.batch_size), "BLADE"] for line in lines)
+        assert "more rows" in lines[-1]
+
+
 def test_a_saved_search_can_be_read_again_and_is_no_sweep(call, tmp_path):
     path = tmp_path / "limits-now.json"
     path.write_text(json.dumps([row.to_json() for row in rows_of("BLADE", 65536, "oom")]))
