@@ -27,22 +27,22 @@ def point(table: Tensor, tensors: Sequence[Tensor]) -> None:
 
     Nothing here keeps the tensors alive.
     """
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    launch(_point, (1,), (table, *addresses, *[0] * (ENTRIES - len(addresses))), {}, num_warps=1)
+    # Tensors, not their addresses: a variant of a kernel is kept for every number that it was given.
+    launch(_point, (1,), (table, *tensors, *[table] * (ENTRIES - len(tensors))), {}, num_warps=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=list("abcdefghij"))
 def _point(table, a, b, c, d, e, f, g, h, i, j):
-    tl.store(table, a)
-    tl.store(table + 1, b)
-    tl.store(table + 2, c)
-    tl.store(table + 3, d)
-    tl.store(table + 4, e)
-    tl.store(table + 5, f)
-    tl.store(table + 6, g)
-    tl.store(table + 7, h)
-    tl.store(table + 8, i)
-    tl.store(table + 9, j)
+    tl.store(table, a.to(tl.int64))
+    tl.store(table + 1, b.to(tl.int64))
+    tl.store(table + 2, c.to(tl.int64))
+    tl.store(table + 3, d.to(tl.int64))
+    tl.store(table + 4, e.to(tl.int64))
+    tl.store(table + 5, f.to(tl.int64))
+    tl.store(table + 6, g.to(tl.int64))
+    tl.store(table + 7, h.to(tl.int64))
+    tl.store(table + 8, i.to(tl.int64))
+    tl.store(table + 9, j.to(tl.int64))
 
 
 @triton.jit
