@@ -123,7 +123,8 @@ class Backward:
         of the state before."""
         gathered, states = self.gathered, ds.shape[1]
         gathered.zero_()
-        gathered[:, 0, :states] = ds
+        # By a kernel, not by a copy of memory, behind which no kernel can be launched early.
+        torch.mul(ds, 1.0, out=gathered[:, 0, :states])
         for index in reversed(range(count)):
             self._chunk(table, index)
             if gathered is not self.partials:
