@@ -98,7 +98,7 @@ class _Backward:
     def before(self, index: int) -> None:
         """What the chain needs, and what follows from the rows behind GELU, which it overwrites."""
         slab, weights, width = self.slabs[index], self.weights, self.width
-        dy, wide, out = self.dy[slab].reshape(-1, width), self.wide[slab].view(-1, 4 * width), self.out[slab]
+        dy, wide, out = self.dy[slab].contiguous().view(-1, width), self.wide[slab].view(-1, 4 * width), self.out[slab]
         hidden = torch.ops.aten.gelu(wide)
         self.chunks.over_tokens(hidden, out=self.chunks.hidden[slab])
         self.sums.outer("down_w", dy, hidden)
