@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -100,9 +95,7 @@ def test_early_launches_change_nothing(options, monkeypatch):
                 assert relative(got, expected.double()) < 1e-3
 
 
-def test_the_kernels_under_the_interpreter():
-    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+def test_the_kernels_under_the_interpreter(interpreted):
     code = """
 import torch
 from test_blade_kernels import CASES, case, exact, fused, relative
@@ -117,7 +110,4 @@ with torch.inference_mode():
                 assert error < 3e-3, (options, most, error)
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -179,9 +175,7 @@ def test_training_graphs_go_with_the_block():
     assert not blade_training_graph._shared
 
 
-def test_fused_training_under_the_interpreter():
-    """The same code on a CPU, where Triton is installed at all; in a process of its own, as it must be told early."""
-    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels on a CPU, is not installed")
+def test_fused_training_under_the_interpreter(interpreted):
     code = """
 import torch
 from longctx.ops import blade_backward_kernels, blade_kernels, blade_training_graph, blade_training_layout
@@ -198,7 +192,4 @@ for index, options in enumerate(FUSED):
     assert error < 1e-2, (options, errors)
 print("ok")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr[-2000:]
+    interpreted(code)
