@@ -17,16 +17,19 @@ def _gpu_missing() -> str | None:
     return None if torch.cuda.is_available() else "needs an NVIDIA GPU; torch sees none here"
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def _keep_to_own_processors() -> None:
     """With `-n` each test process, and all that it starts, keeps to processors of its own: what one measures is not
     disturbed by another, and workers that take the first processor they may use do not all take the same."""
-    ours = getattr(config, "workerinput", None)
-    if ours is None or not hasattr(os, "sched_setaffinity"):
+    name, count = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+    if not name.startswith("gw") or not hasattr(os, "sched_setaffinity"):
         return
-    number, count = int(ours["workerid"].removeprefix("gw")), ours["workercount"]
-    # Before torch is imported, which makes as many threads as there are processors then.
-    if share := sorted(os.sched_getaffinity(0))[number::count]:
+    if share := sorted(os.sched_getaffinity(0))[int(name.removeprefix("gw")) :: int(count)]:
         os.sched_setaffinity(0, share)
+
+
+# Before anything imports torch, other conftest files included: it makes as many threads as there are processors then,
+# and two that share one processor wait for each other at every step.
+_keep_to_own_processors()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
