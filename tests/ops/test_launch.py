@@ -43,7 +43,8 @@ def test_every_variant_is_the_one_for_its_arguments():
                 x = base.to(dtype)[first : first + count]
                 for factor in (1, 3, 2.5):
                     assert torch.equal(scaled(x, factor), x * factor), (dtype, first, count, factor)
-                assert torch.equal(scaled(x, 3, block=256, shift=1), x * 3 + 1)
+                # Product and sum may be rounded once.
+                torch.testing.assert_close(scaled(x, 3, block=256, shift=1), x * 3 + 1)
 
 
 def test_lengths_without_end_do_not_fill_the_memory(monkeypatch):
