@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longctx.ops import blade_pipeline as pipeline
 from longctx.ops.blade_chain import ChainWeights
-from longctx.ops.blade_pipeline import run
 from longctx.ops.blade_training_backward import backward
 from longctx.ops.blade_training_chain import kept_chain
 from longctx.ops.blade_training_graph import TrainingGraphs, fused_chain, kernels
@@ -71,7 +71,7 @@ def _forward(
     last.copy_(s)
     every = slabs(len(rows), x.shape[0] * chunk, x.device, FORWARD_SHARE)
     with fused_chain(graphs, weights, x.shape[0], chunk) as fused:
-        overlaps = fused is not None and x.is_cuda
+        overlaps = pipeline.TRAINING_BESIDE and fused is not None and x.is_cuda
         buffers = [torch.empty_like(wide[every[0]]) for _ in range(2 if overlaps and len(every) > 1 else 1)]
         # What is passed on between products lies where y will be; without room for it there, beside it.
         spare = None if out[every[0]].is_contiguous() else torch.empty_like(residual[every[0]])
@@ -111,7 +111,7 @@ def _forward(
 
         if fused is not None:
             fused.enter(last)
-        run(x.device, len(every), before, chain, after, beside=overlaps)
+        pipeline.run(x.device, len(every), before, chain, after, beside=overlaps)
         if fused is not None:
             fused.leave(last)
     return y, last, states, qkv, residual, wide, attended, lse

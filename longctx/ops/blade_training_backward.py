@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.ops.blade_pipeline import run
+from longctx.ops import blade_pipeline as pipeline
 from longctx.ops.blade_training_chain import reverse_chain
 from longctx.ops.blade_training_graph import TrainingChain, backward_kernels, fused_chain
 from longctx.ops.blade_training_layout import BACKWARD_SHARE, NAMES, Settings, by_chunks, named, slabs
@@ -39,10 +39,10 @@ def backward(
     work = _Backward(dy, x, dx, ds, parameters, kept, settings)
     with fused_chain(graphs, work.weights, x.shape[0], settings.chunk, backward=True) as fused:
         work.fused = fused
-        overlaps = fused is not None and x.is_cuda
+        overlaps = pipeline.TRAINING_BESIDE and fused is not None and x.is_cuda
         if fused is not None:
             fused.enter(ds)
-        run(x.device, len(work.slabs), work.before, work.chain, work.after, beside=overlaps)
+        pipeline.run(x.device, len(work.slabs), work.before, work.chain, work.after, beside=overlaps)
         if fused is not None:
             fused.leave(ds)
     if overlaps:

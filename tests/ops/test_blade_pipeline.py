@@ -92,9 +92,9 @@ def test_a_second_stream_changes_nothing(options, monkeypatch):
     for batch, length in ((1, 5000), (3, 700)):
         x = torch.randn(batch, length, 64, device="cuda", dtype=torch.bfloat16)
         with torch.no_grad():
-            monkeypatch.setattr(blade_pipeline, "BESIDE", False)
+            monkeypatch.setattr(blade_pipeline, "INFERENCE_BESIDE", False)
             want, end = block(x)
-            monkeypatch.setattr(blade_pipeline, "BESIDE", True)
+            monkeypatch.setattr(blade_pipeline, "INFERENCE_BESIDE", True)
             for _ in range(5):
                 y, state = block(x)
                 assert torch.equal(y, want) and torch.equal(state.s, end.s)
@@ -113,9 +113,9 @@ def test_a_second_stream_changes_no_gradient(monkeypatch):
         y, _ = block(x)
         return [y, *torch.autograd.grad(y, [x, *block.parameters()], dy)]
 
-    monkeypatch.setattr(blade_pipeline, "BESIDE", False)
+    monkeypatch.setattr(blade_pipeline, "TRAINING_BESIDE", False)
     want = gradients()
-    monkeypatch.setattr(blade_pipeline, "BESIDE", True)
+    monkeypatch.setattr(blade_pipeline, "TRAINING_BESIDE", True)
     for _ in range(5):
         found = gradients()
         assert torch.equal(found[0], want[0])
