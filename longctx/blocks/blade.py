@@ -47,7 +47,7 @@ from longctx.ops.layer_norm import normalize
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
-GPU_CHAIN_TOKENS = 8192
+GPU_CHAIN_TOKENS = 32768
 # Where a chunk is longer than a slab it is taken in parts, of not fewer tokens than this.
 LEAST_PART = 128
 
