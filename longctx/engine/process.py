@@ -27,10 +27,6 @@ STALL_S = 2.0
 MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 """glibc then gives freed pages back at once, so that the kernel's high-water mark means the call. It slows work."""
 
-TURNS_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc then keeps freed pages. Left to itself it gives them back in one process and keeps them in the next, as chance
-has laid out its heap, and the same block is a tenth or a third slower there for as long as the process lives."""
-
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 _SPIN_VARIABLES = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
@@ -301,7 +297,6 @@ def _environment(threads: int, *, memory: bool, in_turns: bool, elsewhere: bool)
     # Threads that spin on after their turn would take the other side's processors: no matter of taste then.
     if in_turns or not environment.keys() & {"OMP_WAIT_POLICY", *_SPIN_VARIABLES}:
         environment |= _SPIN_VARIABLES
-    environment |= TURNS_ENVIRONMENT if in_turns else {}
     return environment | MALLOC_ENVIRONMENT if memory else environment
 
 

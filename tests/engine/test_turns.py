@@ -108,11 +108,3 @@ def test_threads_of_a_side_do_not_spin_while_the_other_has_its_turn(monkeypatch)
     shared = {"memory": False, "elsewhere": False}
     assert process._environment(2, in_turns=False, **shared)["GOMP_SPINCOUNT"] == "infinite"
     assert int(process._environment(2, in_turns=True, **shared)["GOMP_SPINCOUNT"]) <= 10_000
-
-
-def test_both_sides_keep_the_memory_that_they_free_except_to_measure_it(monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
-    found = process._environment(1, memory=False, in_turns=True, elsewhere=False)
-    assert process.TURNS_ENVIRONMENT.items() <= found.items()
-    found = process._environment(1, memory=True, in_turns=True, elsewhere=False)
-    assert process.MALLOC_ENVIRONMENT.items() <= found.items()
