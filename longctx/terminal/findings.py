@@ -140,7 +140,13 @@ def _measured(crossing: Crossover) -> str:
     return f"{fmt.tokens(crossing.shortest)} to {fmt.tokens(crossing.longest)}"
 
 
-def best_table(found: Sequence[Best], width: int, *, ascii_only: bool = False) -> Text:
+def best_heads(growths: Sequence[Growth]) -> dict[str, str]:
+    """The attributes of `Best` under the words for what they are least in."""
+    least = "smallest state" if memory_name(growths) == "state" else "least memory"
+    return {"least time": "time", least: "memory", "least energy": "energy"}
+
+
+def best_table(found: Sequence[Best], heads: Mapping[str, str], width: int, *, ascii_only: bool = False) -> Text:
     """Best block of each length by time, memory and energy, and the Pareto set of time and memory."""
     from rich.text import Text
 
@@ -151,7 +157,7 @@ def best_table(found: Sequence[Best], width: int, *, ascii_only: bool = False) -
         Column(header="setting", cells=[fmt.plain(b.setting) or fmt.NONE for b in found], right=False, flexible=True),
         *(
             Column(header=head, cells=[names(getattr(b, field)) for b in found], right=False, flexible=True)
-            for head, field in (("least time", "time"), ("least memory", "memory"), ("least energy", "energy"))
+            for head, field in heads.items()
         ),
         Column(header="Pareto set", cells=[names(b.pareto, 6) for b in found], right=False, flexible=True),
     ]
@@ -217,7 +223,7 @@ def sections(
     parts = [
         (GROWTH_HEAD if width >= 70 else "Growth with length, T^k", growth),
         (CROSSING_HEAD, lined(map(crossing_line, crossings), width, ascii_only=ascii_only)),
-        (BEST_HEAD, best_table(found.best, width, ascii_only=ascii_only)),
+        (BEST_HEAD, best_table(found.best, best_heads(found.growths), width, ascii_only=ascii_only)),
     ]
     tail = f", {fmt.plain(mode)}" if mode else ""
     return [(title + tail, body) for title, body in parts if body.plain.strip()]

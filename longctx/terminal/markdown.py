@@ -21,6 +21,7 @@ from longctx.terminal.findings import (
     CROSSING_HEAD,
     GROWTH_HEAD,
     advice_lines,
+    best_heads,
     crossing_line,
     exponent,
     floor,
@@ -160,7 +161,7 @@ def _findings(found: Conclusions, crossovers: Sequence[Crossover]) -> list[str]:
     if crossovers:
         parts += [CROSSING_HEAD, "\n".join(f"- {markdown_text(crossing_line(c))}" for c in crossovers)]
     if found.best:
-        fields = {"least time": "time", "least memory": "memory", "least energy": "energy", "Pareto set": "pareto"}
+        fields = {**best_heads(found.growths), "Pareto set": "pareto"}
         fields = {head: name for head, name in fields.items() if any(getattr(b, name) for b in found.best)}
         rows = [
             [f"{b.length:,}" + (f" ({markdown_text(b.setting)})" if b.setting else "")]

@@ -380,3 +380,17 @@ def test_watching_needs_a_terminal_and_one_file(longctx, saved, tmp_path):
     for words in (["plot", saved, "--watch"], ["plot", saved, "--watch", "--save", str(tmp_path / "x.svg")]):
         code, out, err = longctx(*words)
         assert (code, out) == (2, "") and "--watch" in err
+
+
+def test_in_decode_what_a_block_holds_is_its_state(longctx, tmp_path):
+    step = {"mode": "decode", "forward_time_median": 1e-3, "samples": [[1e-3] * 3], "peak_memory_mb": 1.0}
+    found = [
+        BenchmarkResult(block_name=block, sequence_length=length, state_bytes=size * length, **step)
+        for block, size in (("Dense", 64), ("BLADE", 1))
+        for length in (1024, 2048)
+    ]
+    path = write(tmp_path / "decode.json", found)
+    for words, head in ((), "smallest state"), (("--markdown",), "| smallest state |"):
+        code, out, _ = longctx("report", path, *words)
+        assert code == 0
+        assert head in out and "least memory" not in out
