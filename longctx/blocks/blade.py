@@ -164,7 +164,10 @@ class BLADEBlock(PreNormBlock):
         if self.training:
             if self.dropout:
                 return f"{attention}, chunk by chunk as autograd follows"
-            return f"one operator, {kernels if self.chunk_size <= MOST_CHUNK_TOKENS else attention}"
+            most = MOST_CHUNK_TOKENS // self.chunk_size
+            if kernels is attention or not most:
+                return f"one operator, {attention}"
+            return f"one operator, {kernels} up to batch {most}, outside of graphs that others capture"
         if not weight.is_cuda:
             return f"{attention}, chunk by chunk"
         chunks = max(1, GPU_CHAIN_TOKENS // self.chunk_size)

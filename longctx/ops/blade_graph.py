@@ -28,8 +28,8 @@ try:
 except ImportError:  # a torch without Triton: the chain is then made of torch's own kernels
     kernels = blade_table = None
 
-MOST_GRAPHS = 16
-"""Graphs of a block that are kept. Chunks are taken by 16, 8, 4, 2 and 1, so that one batch size needs up to seven."""
+MOST_GRAPHS = 32
+"""Graphs of a block that are kept. Chunks are taken by powers of two up to those of a slab: some ten a batch size."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -59,6 +59,7 @@ class _Graph:
 # Blocks of one shape run one after the other on a stream, so they share their buffers: a model of many layers does
 # not hold many slabs. A slab goes when the last graph that was captured over it goes.
 _slabs: weakref.WeakValueDictionary[tuple, Slab] = weakref.WeakValueDictionary()
+_slabs_lock = threading.Lock()
 
 
 class ChainGraphs:
@@ -144,11 +145,12 @@ class Prepared:
             rows, width = self.weights.qkv.shape
             wide = self.weights.up[0].shape[0]
             shape = (count, batch, chunk, rows, width, wide, self.weights.inject[0].shape[1], number)
-            shared = (self.key[0], self.key[2], self.weights.qkv.dtype, *shape)
-            slab = _slabs.get(shared)
-            if slab is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    slab = _slabs[shared] = _new_slab(self.weights, count, batch, chunk)
+            shared = (self.key[0], self.key[2], self.weights.qkv.dtype, self.composed is not None, *shape)
+            with _slabs_lock:
+                slab = _slabs.get(shared)
+                if slab is None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        slab = _slabs[shared] = _new_slab(self.weights, count, batch, chunk)
             with slab.lock:
                 graph = self.graphs._graph((*self.key, shape), lambda: self._run(slab), slab)
                 yield slab, graph.replay

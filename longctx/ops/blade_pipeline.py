@@ -103,7 +103,8 @@ def run_slabs(
             slab, replay = slabs[index]
             slab.s.copy_(last[0])
             replay()
-            last[0] = slab.s
+            # One after the other, a slab may be another thread's before the next begins.
+            last[0] = slab.s if beside else slab.s.clone()
 
         def after(index: int) -> None:
             x, y = rows[index]

@@ -39,10 +39,14 @@ def launch(
         return
     device = first.get_device()
     fixed = tuple(constants.values())
-    # A kernel lives as long as its module, so its id is its name. Numbers stand for themselves: to ask of each what
-    # Triton would takes longer than to find a variant again for every other length.
+    # A kernel lives as long as its module, so its id is its name. Whole numbers stand for themselves: to ask of each
+    # what Triton would takes longer than to find a variant again for every other length.
+    name = id(kernel)
     kinds = [v if v.__class__ in _PLAIN else _kind(v) for v in values]
-    key = (id(kernel), device, fixed, *options.values(), *kinds)
+    places = _unspecialized.get(name)
+    for place in _find_unspecialized(kernel) if places is None else places:
+        kinds[place] = -0x8000_0000 <= values[place] < 0x8000_0000
+    key = (name, device, fixed, *options.values(), *kinds)
     variant = _variants.get(key)
     with _alone if device < 0 or _gpus() == 1 else torch.cuda.device(device):
         if variant is not None:
@@ -64,8 +68,17 @@ def _run(variant: CompiledKernel, grid: tuple[int, ...], stream: int, *arguments
         variant[grid[:3]](*arguments, stream=stream)
 
 
-_PLAIN = {int, float, bool, type(None)}
+_PLAIN = {int, type(None)}
+_unspecialized: dict[int, tuple[int, ...]] = {}
 _KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
+
+
+def _find_unspecialized(kernel: Any) -> tuple[int, ...]:
+    """Places of the numbers on whose values no variant depends, but for their width."""
+    parameters = enumerate(getattr(kernel, "params", ()))
+    places = tuple(place for place, parameter in parameters if getattr(parameter, "do_not_specialize", False))
+    _unspecialized[id(kernel)] = places
+    return places
 
 
 def _hooked() -> bool:
@@ -112,9 +125,10 @@ _known_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def _kind(value: Any) -> Any:
-    """All that a compiled variant depends on in an argument: never less than Triton distinguishes."""
+    """All that a compiled variant depends on in an argument that is no whole number: what Triton distinguishes."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() & 15 == 0
     if hasattr(value, "block_shape"):  # a tensor descriptor
         return value.base.dtype, *value.block_shape, getattr(value, "padding", None)
-    return value
+    # 1, 1.0 and True are one key of a dictionary, and three types of an argument.
+    return float if type(value) is float else (type(value), value)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from longctx.ops.operators import differentiable
 from longctx.ops.weight_gradient import in_formats_of
@@ -37,34 +38,45 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _layer_norm(x, weight, bias, eps)
 
 
-class kept_as_input(torch.autograd.graph.saved_tensors_hooks):
+def kept_as_input(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> saved_tensors_hooks:
     """Context in which what autograd keeps of `u = layer_norm(x, ...)` until backward is x alone.
 
     u is computed again when backward first asks for it, and let go when it has asked as often as there was a reason to
-    keep it. Gradients of first order only.
+    keep it. Gradients of first order only. Backward raises RuntimeError if x, weight or bias was changed in place.
     """
+    # The hooks belong to an object that does not know the context: a circle would hold x until garbage is collected.
+    again = _ComputedAgain(u.untyped_storage().data_ptr(), (x, weight, bias), eps)
+    return saved_tensors_hooks(again.pack, again.unpack)
 
-    def __init__(self, u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        super().__init__(self._pack, self._unpack)
-        self.storage, self.arguments = u.untyped_storage().data_ptr(), (x, weight, bias, eps)
+
+class _ComputedAgain:
+    def __init__(self, storage: int, inputs: tuple[Tensor, Tensor, Tensor], eps: float) -> None:
+        self.storage, self.inputs, self.eps = storage, inputs, eps
+        self.versions = self._versions()
         self.kept = self.asked = 0
-        self.again: Tensor | None = None
+        self.u: Tensor | None = None
 
-    def _pack(self, t: Tensor) -> Any:
+    def _versions(self) -> list[int]:
+        # What inference mode made has none, and cannot be changed outside of it.
+        return [0 if t.is_inference() else t._version for t in self.inputs]
+
+    def pack(self, t: Tensor) -> Any:
         if t.untyped_storage().data_ptr() != self.storage:
             return t
         self.kept += 1
         return t.size(), t.stride(), t.storage_offset()
 
-    def _unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if self.again is None:
+        if self.u is None:
+            if self._versions() != self.versions:
+                raise RuntimeError("the input, weight or bias of a LayerNorm was changed in place before its backward")
             with torch.no_grad():
-                self.again = normalize(*self.arguments)
-        u, self.asked = self.again.as_strided(*packed), self.asked + 1
+                self.u = normalize(*self.inputs, self.eps)
+        u, self.asked = self.u.as_strided(*packed), self.asked + 1
         if self.asked >= self.kept:
-            self.again, self.asked = None, 0
+            self.u, self.asked = None, 0
         return u
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,5 +53,37 @@ def test_an_input_changed_meanwhile_is_an_error():
     with norms.kept_as_input(u, x, gain, offset, 1e-5):
         y = F.linear(u, weight)
     x.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="changed in place"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["input", "gain", "offset"])
+def test_so_it_is_where_no_gradient_of_the_norm_is_wanted(changed):
+    parts = dict(zip(("input", "gain", "offset", "weight"), made((2, 7, 6), (6,), (6,), (6, 6)), strict=True))
+    weight = parts.pop("weight")
+    x, gain, offset = (parts[name].detach() for name in parts)
+    u = norms.layer_norm(x, gain, offset, 1e-5)
+    with norms.kept_as_input(u, x, gain, offset, 1e-5):
+        y = F.linear(u, weight)
+    {"input": x, "gain": gain, "offset": offset}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_nothing_is_held_once_the_graph_is_gone():
+    """A stack of layers would hold the input of each until garbage is collected."""
+    x, gain, offset, weight = made((2, 7, 6), (6,), (6,), (6, 6))
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        rows = x * 1.0
+        u = norms.layer_norm(rows, gain, offset, 1e-5)
+        with norms.kept_as_input(u, rows, gain, offset, 1e-5):
+            y = F.linear(u, weight)
+        storage = StorageWeakRef(rows.untyped_storage())
+        y.sum().backward()
+        del rows, u, y
+        assert storage.expired()
+    finally:
+        if collects:
+            gc.enable()
