@@ -34,7 +34,7 @@ def launch(
     """
     first = values[0]
     if torch.compiler.is_compiling():
-        with on_device_of(first):
+        with torch.cuda.device(first.device) if first.is_cuda else _alone:
             kernel[grid](*values, **constants, **options)
         return
     device = first.get_device()
@@ -48,6 +48,7 @@ def launch(
         kinds[place] = -0x8000_0000 <= values[place] < 0x8000_0000
     key = (name, device, fixed, *options.values(), *kinds)
     variant = _variants.get(key)
+    # On a CPU under Triton's interpreter, which tests use; where there is one GPU, entering it is for nothing.
     with _alone if device < 0 or _gpus() == 1 else torch.cuda.device(device):
         if variant is not None:
             _run(variant, (*grid, 1, 1), torch._C._cuda_getCurrentRawStream(device), *values, *fixed)
@@ -70,7 +71,8 @@ def _run(variant: CompiledKernel, grid: tuple[int, ...], stream: int, *arguments
 
 _PLAIN = {int, type(None)}
 _unspecialized: dict[int, tuple[int, ...]] = {}
-_KNOWN = (3, 4) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+_KNOWN = (3, 4) <= _TRITON <= (3, 6)
 
 
 def _find_unspecialized(kernel: Any) -> tuple[int, ...]:
@@ -88,14 +90,6 @@ def _hooked() -> bool:
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The device of x as the current one, on which Triton launches."""
-    # On a CPU under Triton's interpreter, which tests use; where there is one GPU, entering it is for nothing.
-    if x.is_cuda and (torch.compiler.is_compiling() or _gpus() > 1):
-        return torch.cuda.device(x.device)
-    return _alone
-
-
 def launches_early(device: torch.device) -> bool:
     """Whether `launch_pdl` works on this device: Hopper or later, and a Triton that knows how.
 
@@ -104,8 +98,7 @@ def launches_early(device: torch.device) -> bool:
     if not EARLY or device.type != "cuda" or capability(device) < (9, 0):
         return False
     # Earlier ones have the instructions, but not all of them the launch.
-    known = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
-    return known and hasattr(tl.extra.cuda, "gdc_wait")
+    return _TRITON >= (3, 5) and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def power_of_2(least: int) -> int:
