@@ -22,7 +22,7 @@ MODES = ("forward", "train", "decode", "prefill")
 LIGHTNING = "lightning"
 """The mode of cells and rows of --lightning-mode: a whole training step, as Lightning's Trainer runs it."""
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised when the way a number is made changes, so that old and new figures are never mixed by --resume."""
 
 MAX_LENGTH = 1 << 30

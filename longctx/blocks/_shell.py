@@ -42,6 +42,9 @@ class PreNormBlock(nn.Module):
     """Whether inference may take the sequence through `mix` slab by slab, the state carrying it on."""
     restarts = True
     """Whether the state stays so small that recompute="block" can keep one between any two slabs."""
+    ffn_slabs = 2
+    """Parts in which training on a GPU takes a call through the feed-forward: the more, the less memory and the more
+    launches."""
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class PreNormBlock(nn.Module):
         in_slabs = self.recompute == "block" and self.restarts and self.causal
         keep_hidden = self.recompute == "norms" or in_slabs
         mixed = F.dropout(mixed, drop)
-        how = {"dropout_p": drop, "keep_hidden": keep_hidden, "whole": in_slabs}
+        how = {"dropout_p": drop, "keep_hidden": keep_hidden, "slabs": self.ffn_slabs, "whole": in_slabs}
         y = residual_feed_forward(x, mixed, *self._feed_forward, **how)
         return y, state
 

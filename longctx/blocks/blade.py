@@ -167,7 +167,7 @@ class BLADEBlock(PreNormBlock):
             most = MOST_CHUNK_TOKENS // self.chunk_size
             if kernels is attention or not most:
                 return f"one operator, {attention}"
-            return f"one operator, {kernels} up to batch {most}, outside of graphs that others capture"
+            return f"one operator, {kernels} up to batch {most}"
         if not weight.is_cuda:
             return f"{attention}, chunk by chunk"
         chunks = max(1, GPU_CHAIN_TOKENS // self.chunk_size)

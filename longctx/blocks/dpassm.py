@@ -96,6 +96,9 @@ class DPASSMBlock(PreNormBlock):
     (N -> D, no bias), gate_proj (D -> D, bias).
     """
 
+    # Its two paths and their gate keep a row more than other mixers.
+    ffn_slabs = 3
+
     def __init__(
         self,
         *,

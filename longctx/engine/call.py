@@ -34,8 +34,8 @@ class Run:
     """The call that a cell's mode is about.
 
     forward: y of x. prefill: (y, state) of x. decode: one step after x; a stream goes on from step to step and is
-    begun anew before it has grown by an eighth. train: forward in training mode, loss and backward, gradients set to
-    None first. The loss is the sum of y * target: its gradient is of size 1 in every number format.
+    begun anew before it has grown by an eighth. train: the loss, of forward in training mode, loss and backward, with
+    gradients set to None first. The loss is the sum of y * target: its gradient is of size 1 in every number format.
     """
 
     def __init__(self, cell: Cell, loaded: LoadedBlock, x: Tensor) -> None:
@@ -107,9 +107,11 @@ class Run:
             parameter.grad = None
         y = self.loaded.call(x)
         loss = torch.sum(y * self.target, dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
+        # A training loop has no more use for it, and the peak is what the block holds.
+        del y
         self.split()
         loss.backward()
-        return y.detach()
+        return loss.detach()
 
 
 def forward_share(run: Run, *, device: torch.device, call_s: float) -> float:

@@ -27,7 +27,7 @@ from longctx.ops.blade_chain import ChainWeights
 from longctx.ops.blade_training_backward import backward
 from longctx.ops.blade_training_chain import kept_chain
 from longctx.ops.blade_training_graph import TrainingGraphs, fused_chain, kernels
-from longctx.ops.blade_training_layout import FORWARD_SHARE, Settings, by_chunks, dense, listed, named, slabs
+from longctx.ops.blade_training_layout import Settings, by_chunks, dense, listed, named, slabs
 from longctx.ops.layer_norm import normalize
 
 
@@ -69,7 +69,7 @@ def _forward(
     y, last, states, qkv, residual, wide, attended, lse = _empty(x, s, weights, chunk)
     rows, out, width = by_chunks(x, chunk), by_chunks(y, chunk), x.shape[2]
     last.copy_(s)
-    every = slabs(len(rows), x.shape[0] * chunk, x.device, FORWARD_SHARE)
+    every = slabs(len(rows), x.shape[0] * chunk, x.device)
     with fused_chain(graphs, weights, x.shape[0], chunk) as fused:
         overlaps = pipeline.TRAINING_BESIDE and fused is not None and x.is_cuda
         buffers = [torch.empty_like(wide[every[0]]) for _ in range(2 if overlaps and len(every) > 1 else 1)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from longctx.ops import blade_pipeline as pipeline
 from longctx.ops.blade_training_chain import reverse_chain
 from longctx.ops.blade_training_graph import TrainingChain, backward_kernels, fused_chain
-from longctx.ops.blade_training_layout import BACKWARD_SHARE, NAMES, Settings, by_chunks, named, slabs
+from longctx.ops.blade_training_layout import NAMES, Settings, by_chunks, named, slabs
 from longctx.ops.blade_training_sums import ChunkSums, chunk_gradients, through_the_norm
 from longctx.ops.chunk_attention_gradients import attention_backward
 from longctx.ops.layer_norm import NormGradients, normalize
@@ -85,7 +85,7 @@ class _Backward:
         self.attn_norm = NormGradients(x, self.norm[0], self.norm[2])
         self.ffn_norm = NormGradients(x, self.weights.norm[0], self.weights.norm[2])
         self.x, self.dy, self.out = by_chunks(x, chunk), by_chunks(dy, chunk), by_chunks(dx, chunk)
-        every = slabs(len(self.x), x.shape[0] * chunk, x.device, BACKWARD_SHARE)
+        every = slabs(len(self.x), x.shape[0] * chunk, x.device)
         self.slabs = every[::-1]
         self.chunks = ChunkSums(self.residual, self.states, self.qkv.shape[-1], every[0].stop * x.shape[0] * chunk)
         self.ds, self.dglobal = ds, None

@@ -2,7 +2,8 @@
 
 A graph does some chunks, wherever they lie (ops/blade_table.py), so that what is kept for the backward pass is written
 where it stays, and off the chain as many chunks are taken at once as is good there. It reads copies of the weights: it
-outlasts every change of them, even of where they lie, and blocks of one shape share it.
+outlasts every change of them, even of where they lie, and blocks of one shape share it. Where the caller captures a
+graph of its own the same kernels go into that, one by one.
 
 Letters: B batch, C tokens of a chunk, D d_model, H n_heads, N state_dim, E = D + 2GK.
 """
@@ -73,7 +74,7 @@ def fused_chain(
     """The chains of that shape with these weights, for the holder of that number, to be used inside the context.
 
     backward: whether the reverse chain will run. None where the kernels do not fit, or have less to do than launches
-    cost, or the caller is capturing a graph of its own.
+    cost.
     """
     if batch * chunk > MOST_CHUNK_TOKENS:
         return nullcontext()
@@ -100,7 +101,9 @@ def _find(number: int, weights: ChainWeights, batch: int, chunk: int) -> Trainin
     device, stream = weights.qkv.device, 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return None
+            # What the caller's graph uses lies in its memory, and lasts as long.
+            with torch.inference_mode(False), torch.no_grad():
+                return TrainingChain(weights, batch, chunk, captured=True)
         stream = torch.cuda.current_stream(device).cuda_stream
     shapes = (weights.qkv.shape, weights.inject[0].shape, weights.n_heads, weights.num_kv_heads, weights.norm[2])
     key = (device, stream, weights.qkv.dtype, batch, chunk, *shapes)
@@ -115,10 +118,13 @@ def _find(number: int, weights: ChainWeights, batch: int, chunk: int) -> Trainin
 
 
 class TrainingChain:
-    """Both chains over chunks of one shape, and their graphs. Hold `lock` from `load` to the last run."""
+    """Both chains over chunks of one shape, and their graphs. Hold `lock` from `load` to the last run.
 
-    def __init__(self, weights: ChainWeights, batch: int, chunk: int) -> None:
-        self.batch, self.chunk = batch, chunk
+    captured: whether they run within a graph of the caller's, and need none.
+    """
+
+    def __init__(self, weights: ChainWeights, batch: int, chunk: int, *, captured: bool = False) -> None:
+        self.batch, self.chunk, self.captured = batch, chunk, captured
         self.composed = kernels.Composed(weights.each(torch.empty_like))
         self.back = backward_kernels.ComposedBackward(self.composed)
         self.kernels = {
@@ -174,7 +180,7 @@ class TrainingChain:
     def _graph(
         self, key: tuple, body: Callable[[], None], rehearsal: Callable[[], None] | None = None
     ) -> Callable[[], None]:
-        if not self.s.is_cuda:
+        if self.captured or not self.s.is_cuda:
             return body
         if key not in self.graphs:
             with torch.cuda.device(self.s.device):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from longctx.ops.blade_chain import ChainWeights
 CPU_SLAB_TOKENS = 1024
 """Tokens taken at once off the chain on a CPU: they stay in the cache."""
 GPU_SLAB_TOKENS, MOST_SLAB_TOKENS = 8192, 65536
-FORWARD_SHARE, BACKWARD_SHARE = Fraction(1, 4), Fraction(3, 16)
-"""On a GPU a slab is that share of the call, between so many tokens: few launches, and buffers small beside what is
+GPU_SLABS = 4
+"""On a GPU a slab is that part of the call, between so many tokens: few launches, and buffers small beside what is
 kept. The buffers of two slabs exist at once, 4D a token each in forward and 6D in backward."""
 
 NAMES = ("attn_w", "attn_b", "inject_w", "inject_b", "qkv", "out_w", "out_b", "norm_w", "norm_b", "up_w", "up_b")
@@ -68,11 +67,11 @@ def by_chunks(x: Tensor, chunk: int) -> Tensor:
     return x.unflatten(1, (x.shape[1] // chunk, chunk)).transpose(0, 1)
 
 
-def slabs(count: int, tokens: int, device: torch.device, share: Fraction) -> list[slice]:
-    """Slices of `count` chunks, each of `tokens` over the batch; the first is the largest. share: of one on a GPU."""
+def slabs(count: int, tokens: int, device: torch.device) -> list[slice]:
+    """Slices of `count` chunks, each of `tokens` over the batch; the first is the largest."""
     most = CPU_SLAB_TOKENS
     if device.type == "cuda":
-        most = min(max(GPU_SLAB_TOKENS, int(count * tokens * share)), MOST_SLAB_TOKENS)
+        most = min(max(GPU_SLAB_TOKENS, -(-count // GPU_SLABS) * tokens), MOST_SLAB_TOKENS)
     step = max(1, most // tokens)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 

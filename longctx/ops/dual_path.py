@@ -2,7 +2,8 @@
 
 One product makes queries, keys, values, gate and what enters the recurrence; in backward the gradients of all five are
 written side by side, so that two products make those of u and of all the weights. That takes a third of the launches
-that the parts take one by one, and no pass over memory to add up the gradients of u.
+that the parts take one by one, and no pass over memory to add up the gradients of u. Of all its products the cheapest
+to make again, out_proj's, does not wait for backward.
 
 Letters: B batch, T tokens, D width, H heads, G key-value heads, K head width, N states, n keys carried on,
 E = 2D + 2GK + N columns of the one product: queries, keys, values, gate, what enters the recurrence.
@@ -91,9 +92,9 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     carry: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mixed, s_end, last keys and values, and for backward: the joined weight, rows, states, and of attention the
-    output, log-sum-exp, and output of out_proj)."""
+    output and log-sum-exp)."""
     batch, tokens, width = u.shape
     keys, halo = qkv.shape[0] - width, 0 if kv is None else kv.shape[1]
     weight = torch.cat([qkv, gate, enter])
@@ -107,12 +108,11 @@ def _forward(
     states, s_end = scan.scan_kernel(entering, decay, s, dtype=u.dtype, bias=enter_bias, tanh=True)
     parts = _attention_parts(rows, halo, width, keys, heads)
     attended, sums = window_kernel.run_forward(*parts, None, None, window - 1, 0, dropout_p, seed)
-    projected = F.linear(attended.view(batch, tokens, width), out, out_bias)
-    mixed = torch.empty_like(projected)
-    gate_kernel.project_and_mix(projected, gates, gate_bias, states, leave, out=mixed)
+    mixed = F.linear(attended.view(batch, tokens, width), out, out_bias)
+    gate_kernel.project_and_mix(mixed, gates, gate_bias, states, leave, out=mixed)
     first = max(0, halo + tokens - window + 1) if carry else halo + tokens
     last = rows[:, first:, width : width + keys].clone(memory_format=torch.contiguous_format)
-    return mixed, s_end, last, weight, rows, states, attended, sums, projected
+    return mixed, s_end, last, weight, rows, states, attended, sums
 
 
 def _backward(
@@ -125,12 +125,12 @@ def _backward(
     decay: Tensor,
     leave: Tensor,
     out: Tensor,
+    out_bias: Tensor,
     weight: Tensor,
     rows: Tensor,
     states: Tensor,
     attended: Tensor,
     sums: Tensor,
-    projected: Tensor,
     heads: int,
     window: int,
     dropout_p: float,
@@ -145,8 +145,9 @@ def _backward(
     target = torch.empty_like(rows)
     present, now = (rows[:, halo:], target[:, halo:]) if halo else (rows, target)
     attention, gates = width + keys, slice(width + keys, 2 * width + keys)
-    for_projected, for_recurrent, totals = gate_kernel.project_and_mix_backward(
-        grad, projected, present[..., gates], gate_bias, states, leave, for_gate=now[..., gates]
+    for_projected = F.linear(attended.view(batch, tokens, width), out, out_bias)
+    for_recurrent, totals = gate_kernel.project_and_mix_backward(
+        grad, for_projected, present[..., gates], gate_bias, states, leave, for_gate=now[..., gates]
     )
 
     # The recurrence.
@@ -157,6 +158,7 @@ def _backward(
     _, for_decay, first = scan.backward_kernel(
         for_states, for_s, decay, s, states, dtype=u.dtype, tanh=True, out=entering
     )
+    del for_recurrent, flat_recurrent, for_states
     a = torch.tanh(decay.float())
     for_decay = torch.addcmul(for_decay, for_decay * a, a, value=-1.0)
 
@@ -164,9 +166,11 @@ def _backward(
     flat_projected = for_projected.view(-1, width)
     for_attended = torch.mm(flat_projected, out).view_as(attended)
     for_out = torch.mm(flat_projected.t(), attended.view(-1, width))
+    del for_projected, flat_projected
     of = _attention_parts(rows, halo, width, keys, heads)
     grads = list(_attention_parts(target, halo, width, keys, heads))
     run_backward(for_attended, attended, sums, *of, None, None, window - 1, 0, dropout_p, seed, grads=grads)
+    del for_attended
     if for_last is not None and for_last.shape[1]:
         target[:, -for_last.shape[1] :, width:attention] += for_last
 
@@ -191,9 +195,8 @@ def _shapes(u, kv, s, qkv, gate, gate_bias, enter, enter_bias, decay, leave, out
     keys, count, carry = qkv.shape[0] - width, enter.shape[0], rest[-1]
     whole = tokens + (0 if kv is None else kv.shape[1])
     columns = qkv.shape[0] + width + count
-    mixed, projected = (torch.empty_like(u, memory_format=torch.contiguous_format) for _ in range(2))
     return (
-        mixed,
+        torch.empty_like(u, memory_format=torch.contiguous_format),
         u.new_empty(batch, count, dtype=torch.float32),
         u.new_empty(batch, min(whole, window - 1) if carry else 0, keys),
         u.new_empty(columns, width),
@@ -201,11 +204,10 @@ def _shapes(u, kv, s, qkv, gate, gate_bias, enter, enter_bias, decay, leave, out
         u.new_empty(batch, tokens, count),
         u.new_empty(batch, tokens, heads, width // heads),
         u.new_empty(batch, heads, tokens, dtype=torch.float32),
-        projected,
     )
 
 
-def _backward_shapes(grad, for_s, for_last, u, s, gate_bias, decay, leave, out, weight, rows, *rest):
+def _backward_shapes(grad, for_s, for_last, u, s, gate_bias, decay, leave, out, out_bias, weight, rows, *rest):
     batch, tokens, width = u.shape
     halo, count = rows.shape[1] - tokens, leave.shape[1]
     return [
@@ -218,11 +220,11 @@ def _backward_shapes(grad, for_s, for_last, u, s, gate_bias, decay, leave, out, 
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, kv, s, qkv, gate, gate_bias, enter, _, decay, leave, out, _, *ctx.numbers, seed, _ = inputs
+    u, kv, s, qkv, gate, gate_bias, enter, _, decay, leave, out, out_bias, *ctx.numbers, seed, _ = inputs
     ctx.carried, ctx.parts = kv is not None, [t.shape[0] for t in (qkv, gate, enter)]
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, s, gate_bias, decay, leave, out, *output[3:], seed)
+    ctx.save_for_backward(u, s, gate_bias, decay, leave, out, out_bias, *output[3:], seed)
 
 
 def _gradients(

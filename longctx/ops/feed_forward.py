@@ -24,7 +24,7 @@ from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernel
 from longctx.ops.operators import differentiable
 from longctx.ops.weight_gradient import WeightGradient, in_formats_of
 
-# Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU half of the
+# Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU a part of the
 # call within these bounds, so that buffers stay small beside what is kept, and products are large and few.
 CPU_TOKENS = 1024
 GPU_LEAST, GPU_MOST = 8192, 65536
@@ -39,13 +39,14 @@ def residual_feed_forward(
     *,
     dropout_p: float = 0.0,
     keep_hidden: bool = True,
+    slabs: int = 2,
     whole: bool = False,
 ) -> Tensor:
     """x and mixed `[B, T, D]` -> y `[B, T, D]`, with gradients.
 
     norm: weight, bias, epsilon; up and down: weight and bias. dropout_p: of the feed-forward's output. keep_hidden:
-    whether the rows before GELU wait for backward, or are one more thing that it computes again. whole: all at once,
-    for a caller that takes the sequence in slabs itself.
+    whether the rows before GELU wait for backward, or are one more thing that it computes again. slabs: parts in which
+    a GPU takes the call. whole: all at once, for a caller that takes the sequence in slabs itself.
     """
     if torch.is_autocast_enabled(x.device.type):
         # Autocast chooses the format of each operation, and so must see them one by one.
@@ -53,7 +54,7 @@ def residual_feed_forward(
         hidden = F.gelu(F.linear(F.layer_norm(r, (r.shape[-1],), *norm), *up))
         return r + F.dropout(F.linear(hidden, *down), dropout_p)
     kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p) if dropout_p else None
-    slab = _slab_tokens(x, whole)
+    slab = _slab_tokens(x, slabs, whole)
     scale = 1.0 / (1.0 - dropout_p)
     return _residual_feed_forward(x, mixed, kept, scale, keep_hidden, slab, *norm, *up, *down)[0]
 
@@ -104,11 +105,11 @@ def _gelu(x: Tensor, bias: Tensor, *, out: Tensor) -> None:
         torch.ops.aten.gelu.out(x, out=out)
 
 
-def _slab_tokens(x: Tensor, whole: bool) -> int:
+def _slab_tokens(x: Tensor, slabs: int, whole: bool) -> int:
     rows = x.shape[0] * x.shape[1]
     if x.device.type == "cpu":
         return CPU_TOKENS
-    return rows if whole else max(GPU_LEAST, min(GPU_MOST, -(-rows // 4096) * 2048))
+    return rows if whole else max(GPU_LEAST, min(GPU_MOST, -(-rows // (2048 * slabs)) * 2048))
 
 
 def _slabs(rows: int, step: int) -> Iterator[slice]:

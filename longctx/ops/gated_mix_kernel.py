@@ -50,20 +50,21 @@ def project_and_mix(attended: Tensor, gate: Tensor, bias: Tensor, s: Tensor, wei
 
 def project_and_mix_backward(
     grad: Tensor, attended: Tensor, gate: Tensor, bias: Tensor, s: Tensor, weight: Tensor, *, for_gate: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Given that of `project_and_mix`, gradients to attended and to recurrent `[B, T, D]`, and the sums over B and T
-    of those to attended and to gate, `[2, D]` in fp32. for_gate `[B, T, D]` is overwritten with that to gate."""
-    for_attended, for_recurrent = (torch.empty_like(attended, memory_format=torch.contiguous_format) for _ in range(2))
+) -> tuple[Tensor, Tensor]:
+    """Given that of `project_and_mix`, the gradient to recurrent `[B, T, D]`, and the sums over B and T of those to
+    attended and to gate, `[2, D]` in fp32. attended is overwritten with its gradient, for_gate `[B, T, D]` with that
+    to gate."""
+    for_recurrent = torch.empty_like(attended, memory_format=torch.contiguous_format)
     grid, constants = _tiles(attended, s)
     width = attended.shape[2]
     parts = grid[0] // -(-width // constants["COLUMNS"])
     sums = torch.empty(2, grid[2] * parts, width, device=attended.device, dtype=torch.float32)
     values = (
-        grad, attended, gate, bias, s, weight, for_attended, for_recurrent, for_gate, sums,
-        *_strides(grad, attended, gate, s, for_attended, for_gate), weight.stride(0), *attended.shape[1:], s.shape[2],
+        grad, attended, gate, bias, s, weight, for_recurrent, for_gate, sums,
+        *_strides(grad, attended, gate, s, for_recurrent, for_gate), weight.stride(0), *attended.shape[1:], s.shape[2],
     )  # fmt: skip
     launch(_project_and_mix_backward, grid, values, constants, num_warps=8)
-    return for_attended, for_recurrent, sums.sum(1)
+    return for_recurrent, sums.sum(1)
 
 
 def mix(attended: Tensor, recurrent: Tensor, gate: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def _project_and_mix(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _project_and_mix_backward(
-    grad, attended, gate, bias, states, weight, for_attended, for_recurrent, for_gate, sums,
+    grad, attended, gate, bias, states, weight, for_recurrent, for_gate, sums,
     d_batch, d_token, a_batch, a_token, g_batch, g_token, s_batch, s_token, f_batch, f_token, o_batch, o_token,
     w_row, tokens, width, count,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
@@ -160,7 +161,8 @@ def _project_and_mix_backward(
         other=0.0,
     )
     d = tl.load(grad + item * d_batch + (rows * d_token)[:, None] + cols[None, :], mask=there, other=0.0)
-    a = tl.load(attended + item * a_batch + (rows * a_token)[:, None] + cols[None, :], mask=there, other=0.0)
+    mine = attended + item * a_batch + (rows * a_token)[:, None] + cols[None, :]
+    a = tl.load(mine, mask=there, other=0.0)
     g = tl.load(gate + item * g_batch + (rows * g_token)[:, None] + cols[None, :], mask=there, other=0.0)
     b = tl.load(bias + cols, mask=cols < width, other=0.0)
     recurrent = tl.dot(s, tl.trans(w), input_precision="ieee")
@@ -169,16 +171,19 @@ def _project_and_mix_backward(
     of_attended = d * share
     of_gate = of_attended * (1.0 - share) * (a.to(tl.float32) - recurrent)
     kind = for_gate.dtype.element_ty
-    at = item * f_batch + (rows * f_token)[:, None] + cols[None, :]
-    tl.store(for_attended + at, of_attended.to(kind), mask=there)
-    tl.store(for_recurrent + at, (d - of_attended).to(kind), mask=there)
+    tl.store(mine, of_attended.to(kind), mask=there)
+    tl.store(
+        for_recurrent + item * f_batch + (rows * f_token)[:, None] + cols[None, :],
+        (d - of_attended).to(kind),
+        mask=there,
+    )
     tl.store(for_gate + item * o_batch + (rows * o_token)[:, None] + cols[None, :], of_gate.to(kind), mask=there)
     # Rows past the end are zeros of grad, and so of what is summed.
     parts = tl.num_programs(0) // across
-    mine = sums + (item * parts + part) * width + cols
-    tl.store(mine, tl.sum(of_attended, 0), mask=cols < width)
-    mine += tl.num_programs(2).to(tl.int64) * parts * width
-    tl.store(mine, tl.sum(of_gate, 0), mask=cols < width)
+    total = sums + (item * parts + part) * width + cols
+    tl.store(total, tl.sum(of_attended, 0), mask=cols < width)
+    total += tl.num_programs(2).to(tl.int64) * parts * width
+    tl.store(total, tl.sum(of_gate, 0), mask=cols < width)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -202,7 +202,8 @@ def test_the_command_that_looks_for_the_same_again():
 
 @pytest.mark.cuda
 def test_on_a_gpu_running_out_of_memory_is_an_answer(tmp_path):
-    config = config_of(tmp_path, device="cuda", d_model=512, n_heads=8, batch_size=16)
+    # Trained, for a forward pass needs little but input and output: more than fit is known before it is tried.
+    config = config_of(tmp_path, device="cuda", mode="train", d_model=512, n_heads=8, batch_size=16)
     rows = run_limits(["Identity"], config, resolution=0.1)
     (one,) = frontiers(rows)
     total = rows[0].environment["gpu_memory_total_bytes"]

@@ -93,7 +93,8 @@ def steps(tokens):
     def step():
         x.grad = None
         block.zero_grad()
-        block(x, keep_state=False)[0].backward(dy)
+        # As a loop trains: the output is gone when its gradient comes.
+        torch.sum(block(x, keep_state=False)[0] * dy, dtype=torch.float32).backward()
 
     step()
     x.grad = None

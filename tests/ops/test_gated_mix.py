@@ -38,14 +38,17 @@ def check(attended, gate, recurrent, s, bias, weight):
     assert close(into, want)
     grad = torch.randn_like(attended)
     for_gate = torch.empty_like(gate)
-    found = module.kernel.project_and_mix_backward(grad, attended, gate, bias, s, weight, for_gate=for_gate)
+    for_attended = attended.clone()
+    for_recurrent, sums = module.kernel.project_and_mix_backward(
+        grad, for_attended, gate, bias, s, weight, for_gate=for_gate
+    )
     recurrent_exact = (exact[3] @ exact[5].T).requires_grad_()
     inputs = [exact[0].requires_grad_(), recurrent_exact, exact[1].requires_grad_()]
     want = torch.lerp(recurrent_exact, exact[0], torch.sigmoid(exact[1] + exact[4]))
     wanted = torch.autograd.grad(want, inputs, grad.double().cpu())
-    for got, expected in zip((*found[:2], for_gate), wanted, strict=True):
+    for got, expected in zip((for_attended, for_recurrent, for_gate), wanted, strict=True):
         assert close(got, expected)
-    for got, expected in zip(found[2], (wanted[0], wanted[2]), strict=True):
+    for got, expected in zip(sums, (wanted[0], wanted[2]), strict=True):
         assert (got.double().cpu() - expected.sum((0, 1))).norm() <= 1e-5 * expected.norm()
     inputs = [t.detach().requires_grad_() for t in (attended, recurrent, gate)]
     exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
