@@ -97,7 +97,7 @@ class DPASSMBlock(PreNormBlock):
     """
 
     # Its two paths and their gate keep a row more than other mixers.
-    ffn_slabs = 3
+    ffn_slabs = 4
 
     def __init__(
         self,

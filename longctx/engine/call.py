@@ -73,7 +73,9 @@ class Run:
 
     def prepare(self) -> None:
         """What comes before up to `most_calls` calls and is no part of them."""
-        if self.cell.mode == "decode" and (self.state is None or self.steps > self.most_calls):
+        if self.cell.mode == "train":
+            self._forget_gradients()
+        elif self.cell.mode == "decode" and (self.state is None or self.steps > self.most_calls):
             self.state, self.steps = None, 0
             with torch.inference_mode():
                 x = make_input(self.cell, self.token.device, seed=self.loaded.seed)
@@ -101,10 +103,13 @@ class Run:
         self.steps += 1
         return y
 
-    def _train(self, x: Tensor) -> Tensor:
-        x.grad = None
+    def _forget_gradients(self) -> None:
+        self.x.grad = None
         for parameter in self.loaded.module.parameters():
             parameter.grad = None
+
+    def _train(self, x: Tensor) -> Tensor:
+        self._forget_gradients()
         y = self.loaded.call(x)
         loss = torch.sum(y * self.target, dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
         # A training loop has no more use for it, and the peak is what the block holds.

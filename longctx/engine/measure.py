@@ -191,6 +191,7 @@ def _measure(
                 module=loaded.module,
                 inputs=run.inputs,
                 floor=floor,
+                prepare=run.prepare,
             )
         found |= {
             "peak_memory_mb": _mib(reading.peak_bytes),

@@ -61,15 +61,16 @@ def measure_memory(
     module: nn.Module,
     inputs: Iterable[Any],
     floor: Resting | None = None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> MemoryReading:
     """Memory of `call()`, which returns what it computed.
 
-    inputs: tensors that live through the call. floor: `resting` before the module and its inputs were made. A slow
-    call is read fewer times.
+    inputs: tensors that live through the call. floor: `resting` before the module and its inputs were made. prepare:
+    run before each call, so that nothing is left of the one before. A slow call is read fewer times.
     """
     if device.type == "cuda":
-        return _measure_cuda(call, device=device, floor=floor or Resting())
-    return _measure_cpu(call, module=module, inputs=inputs)
+        return _measure_cuda(call, prepare, device=device, floor=floor or Resting())
+    return _measure_cpu(call, prepare, module=module, inputs=inputs)
 
 
 def resting(device: torch.device) -> Resting:
@@ -93,7 +94,9 @@ def resting(device: torch.device) -> Resting:
 # -- CUDA ----------------------------------------------------------------------------------------------------------
 
 
-def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resting) -> MemoryReading:
+def _measure_cuda(
+    call: Callable[[], Any], prepare: Callable[[], None], *, device: torch.device, floor: Resting
+) -> MemoryReading:
     readings: list[MemoryReading] = []
     with torch.cuda.device(device):
         # The first calls of a process make workspaces that stay: they are not this block's.
@@ -103,6 +106,7 @@ def _measure_cuda(call: Callable[[], Any], *, device: torch.device, floor: Resti
         torch.cuda.synchronize(device)
         first_call_s = time.perf_counter() - start
         while len(readings) < MAX_READINGS:
+            prepare()
             gc.collect()
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
@@ -149,20 +153,26 @@ def _graph_pool_bytes(device: torch.device) -> int:
 # -- CPU -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_cpu(call: Callable[[], Any], *, module: nn.Module, inputs: Iterable[Any]) -> MemoryReading:
+def _measure_cpu(
+    call: Callable[[], Any], prepare: Callable[[], None], *, module: nn.Module, inputs: Iterable[Any]
+) -> MemoryReading:
     inputs = list(inputs)
     start = time.perf_counter()
     y = call()
     first_call_s = time.perf_counter() - start
     leaves = [*module.parameters(), *(x for x in inputs if isinstance(x, Tensor) and x.is_leaf)]
-    held = [*module.parameters(), *module.buffers(), *inputs, *(leaf.grad for leaf in leaves)]
-    allocated, held_bytes = tensor_bytes([*held, y]), tensor_bytes(held)
-    del y, held
+    held = [*module.parameters(), *module.buffers(), *inputs]
+    allocated = tensor_bytes([*held, *(leaf.grad for leaf in leaves), y])
+    del y
+    prepare()
+    held_bytes = tensor_bytes([*held, *(leaf.grad for leaf in leaves)])
+    del held
     reason = why_no_cpu_peak()
     if reason:
         return MemoryReading(allocated_bytes=allocated, first_call_s=first_call_s, reason=reason)
     peaks: list[int] = []
     while len(peaks) < (1 if first_call_s > SLOW_S else MAX_READINGS):
+        prepare()
         peaks.append(cpu_peak_bytes(call))
         if len(peaks) > 1:
             last, high = peaks[-2:], max(peaks[-2:])

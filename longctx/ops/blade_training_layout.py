@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from longctx.ops.blade_chain import ChainWeights
 CPU_SLAB_TOKENS = 1024
 """Tokens taken at once off the chain on a CPU: they stay in the cache."""
 GPU_SLAB_TOKENS, MOST_SLAB_TOKENS = 8192, 65536
-GPU_SLABS = 4
-"""On a GPU a slab is that part of the call, between so many tokens: few launches, and buffers small beside what is
-kept. The buffers of two slabs exist at once, 4D a token each in forward and 6D in backward."""
+GPU_SLABS = 5
+"""On a GPU a call is that many slabs, of some number of tokens between the two: few launches, and buffers small beside
+what is kept. The buffers of two slabs exist at once, 4D a token each in forward and 6D in backward."""
+GRAPH_CHUNKS = 8
+"""Slabs of whole multiples of it are done in the fewest graphs, see `blade_training_graph`."""
 
 NAMES = ("attn_w", "attn_b", "inject_w", "inject_b", "qkv", "out_w", "out_b", "norm_w", "norm_b", "up_w", "up_b")
 NAMES += ("down_w", "down_b", "state_w", "state_b", "global_tokens")
@@ -69,11 +72,24 @@ def by_chunks(x: Tensor, chunk: int) -> Tensor:
 
 def slabs(count: int, tokens: int, device: torch.device) -> list[slice]:
     """Slices of `count` chunks, each of `tokens` over the batch; the first is the largest."""
-    most = CPU_SLAB_TOKENS
     if device.type == "cuda":
-        most = min(max(GPU_SLAB_TOKENS, -(-count // GPU_SLABS) * tokens), MOST_SLAB_TOKENS)
-    step = max(1, most // tokens)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        sizes = _gpu_sizes(count, tokens)
+    else:
+        step = max(1, CPU_SLAB_TOKENS // tokens)
+        sizes = [min(step, count - start) for start in range(0, count, step)]
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _gpu_sizes(count: int, tokens: int) -> list[int]:
+    total = count * tokens
+    parts = max(min(GPU_SLABS, total // GPU_SLAB_TOKENS), -(-total // MOST_SLAB_TOKENS), 1)
+    parts = min(parts, count)
+    unit = GRAPH_CHUNKS if count >= GRAPH_CHUNKS * parts else 1
+    each, more = divmod(count // unit, parts)
+    sizes = [unit * (each + (index < more)) for index in range(parts)]
+    sizes[0] += count % unit
+    return sizes
 
 
 def dense(rows: Tensor) -> Tensor:

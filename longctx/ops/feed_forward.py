@@ -170,6 +170,8 @@ def _forward(
         else:
             down = torch.addmm(down_bias, wide, down_weight.t())
             torch.add(flat_r[0, slab], down.mul_(flat_kept[0, slab]), alpha=scale, out=flat_y[0, slab])
+        # Before there is another of them.
+        del normed
     return y, r, hidden
 
 

@@ -42,7 +42,8 @@ def kept_as_input(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     """Context in which what autograd keeps of `u = layer_norm(x, ...)` until backward is x alone.
 
     u is computed again when backward first asks for it, and let go when it has asked as often as there was a reason to
-    keep it. Gradients of first order only. Backward raises RuntimeError if x, weight or bias was changed in place.
+    keep it. Gradients of first order only. Backward raises RuntimeError if x, weight, bias or anything else that was
+    kept was changed in place.
     """
     # The hooks belong to an object that does not know the context: a circle would hold x until garbage is collected.
     again = _ComputedAgain(u.untyped_storage().data_ptr(), (x, weight, bias), eps)
@@ -62,13 +63,18 @@ class _ComputedAgain:
 
     def pack(self, t: Tensor) -> Any:
         if t.untyped_storage().data_ptr() != self.storage:
-            return t
+            # Not t itself: an operation that keeps its own result would be kept by it, also where nothing else is left.
+            return t.detach(), t._version
         self.kept += 1
         return t.size(), t.stride(), t.storage_offset()
 
     def unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed[0], Tensor):
+            # With hooks autograd does not look.
+            t, version = packed
+            if t._version != version:
+                raise RuntimeError("a tensor that a block needs for its backward was changed in place before it")
+            return t
         if self.u is None:
             if self._versions() != self.versions:
                 raise RuntimeError("the input, weight or bias of a LayerNorm was changed in place before its backward")

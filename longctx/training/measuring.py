@@ -207,9 +207,8 @@ def _measure(
         }
         if config.profile_memory:
             run.prepare()
-            reading = measure_memory(
-                run.call_prepared, device=device, module=loaded.module, inputs=run.inputs, floor=floor
-            )
+            how = {"module": loaded.module, "inputs": run.inputs, "floor": floor, "prepare": run.prepare}
+            reading = measure_memory(run.call_prepared, device=device, **how)
             sizes = {"peak": reading.peak_bytes, "allocated": reading.allocated_bytes}
             # What the training holds besides stays out of the figure, so the pool's size says nothing of the block.
             found |= {f"{key}_memory_mb": None if size is None else size / 2**20 for key, size in sizes.items()}

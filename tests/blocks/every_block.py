@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx import blocks
@@ -53,6 +55,26 @@ def gradients(block, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) ->
     found = torch.autograd.grad((y * weights).sum(), wanted.values(), allow_unused=True)
     pairs = zip(wanted.items(), found, strict=True)
     return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in pairs}
+
+
+class MadeTensors(TorchDispatchMode):
+    """Knows which of the memory that operations made is still there, also where only C++ holds on to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                self.storages[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage())
+        return out
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(not storage.expired() for storage in self.storages.values())
 
 
 class LargestTensor(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_block import OTHER, SMALL, every_block, gradients, make, relative, tokens
+from every_block import OTHER, SMALL, MadeTensors, every_block, gradients, make, relative, tokens
 
 from longctx import blocks
 
@@ -56,6 +56,28 @@ def test_forward_and_backward_are_the_same_twice(name):
         torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert torch.equal(block(x)[0], block(x)[0])
+
+
+@every_block
+@pytest.mark.parametrize("recompute", ["norms", "block"])
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "forward-alone"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_nothing_is_held_when_a_step_is_over(name, recompute, backward, device):
+    """A loss that is only looked at, say, or the pass that recompute="block" takes without a graph to keep."""
+    shape = {"d_model": 64, "device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
+    block = make(name, recompute=recompute, **shape).train()
+
+    def step():
+        x = tokens(130, **shape).requires_grad_()
+        y, _ = block(x, keep_state=False)
+        if backward:
+            torch.autograd.grad(y.sum(), [x, *block.parameters()], allow_unused=True)
+
+    # What a block keeps for good, it keeps from the first time on.
+    step()
+    with MadeTensors() as made:
+        step()
+    assert made.alive() == 0
 
 
 # -- dropout -------------------------------------------------------------------------------------------------

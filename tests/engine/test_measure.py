@@ -10,7 +10,9 @@ import torch
 
 from longctx.config import BenchmarkConfig, BlockRequest, Cell
 from longctx.engine import timing
+from longctx.engine.call import Run
 from longctx.engine.flags import flag_state
+from longctx.engine.loading import load_block
 from longctx.engine.measure import Plan, make_input, measure_cell
 from longctx.results import STATUSES
 
@@ -236,6 +238,17 @@ def test_a_block_that_changes_global_state_harms_no_other_row(place):
 def test_training_starts_each_call_without_gradients(place):
     found = measure(f"{place}:Learning", mode="train")
     assert found["status"] == "ok", found["error"]
+
+
+def test_memory_of_a_training_step_is_read_without_the_gradients_of_the_one_before():
+    cell = Cell(block=BlockRequest(target="Identity"), length=16, d_model=8, n_heads=2, mode="train")
+    device = torch.device("cpu")
+    run = Run(cell, load_block(cell.block, cell, device, torch.float32, 0), make_input(cell, device, seed=0))
+    leaves = [run.x, *run.loaded.module.parameters()]
+    run.call_prepared()
+    assert all(leaf.grad is not None for leaf in leaves)
+    run.prepare()
+    assert all(leaf.grad is None for leaf in leaves)
 
 
 def test_a_gate_that_failed_is_not_timed(place):

@@ -11,6 +11,21 @@ from longctx import blocks
 from longctx.blocks import blade
 from longctx.blocks.blade import reference
 from longctx.ops import blade_pipeline
+from longctx.ops import blade_training_layout as layout
+
+
+@pytest.mark.parametrize("count", [1, 7, 128, 129, 1000, 20000])
+@pytest.mark.parametrize("tokens", [1, 64, 512, 20000])
+def test_slabs_of_a_gpu_are_few_and_fit_its_graphs(count, tokens):
+    found = layout.slabs(count, tokens, torch.device("cuda"))
+    sizes = [slab.stop - slab.start for slab in found]
+    assert [slab.start for slab in found] == [0, *(slab.stop for slab in found[:-1])] and found[-1].stop == count
+    assert max(sizes) == sizes[0] and min(sizes) > 0
+    if count * tokens >= 5 * 8192:
+        # Buffers of two neighbours are 12D a token of theirs.
+        assert sizes[0] <= max(count / 5 + 16, 1) and sizes[0] * tokens <= max(65536 + 16 * tokens, tokens)
+    if count >= 8 * len(sizes):
+        assert all(size % 8 == 0 for size in sizes[1:])
 
 
 class Stream:

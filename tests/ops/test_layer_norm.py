@@ -70,6 +70,17 @@ def test_so_it_is_where_no_gradient_of_the_norm_is_wanted(changed):
         y.sum().backward()
 
 
+def test_so_is_anything_else_that_was_kept():
+    x, gain, offset, weight = made((2, 7, 6), (6,), (6,), (6, 6))
+    u = norms.layer_norm(x, gain, offset, 1e-5)
+    with norms.kept_as_input(u, x, gain, offset, 1e-5):
+        y = F.linear(u, weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
 def test_nothing_is_held_once_the_graph_is_gone():
     """A stack of layers would hold the input of each until garbage is collected."""
     x, gain, offset, weight = made((2, 7, 6), (6,), (6,), (6, 6))
