@@ -23,7 +23,7 @@ from longctx.errors import ResultsError
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "crashed", "timeout", "failed", "wrong", "impossible", "unsupported", "skipped")
-WARNINGS = ("unstable", "suspect", "throttled", "launch_bound", "contended")
+WARNINGS = ("unstable", "suspect", "throttled", "launch_bound", "contended", "memory_grows")
 
 
 @dataclass(kw_only=True)

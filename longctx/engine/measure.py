@@ -200,6 +200,9 @@ def _measure(
             "total_memory_mb": _mib(reading.total_bytes),
             "memory_note": reading.reason,
         }
+        # A stream's state is to grow.
+        if reading.grows and cell.mode != "decode":
+            found["warnings"] = [*found["warnings"], "memory_grows"]
         if reading.peak_bytes is not None:
             found["peak_bytes_per_token"] = reading.peak_bytes / cell.tokens
         if not (plan.timing or plan.gate):

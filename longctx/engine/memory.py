@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -29,6 +30,8 @@ MAX_READINGS = 4
 CPU_AGREEMENT_BYTES = 1 << 20
 CPU_AGREEMENT = 0.01
 SLOW_S = 5.0
+GROWTH = 0.02
+"""Of the peak: what a call may leave behind before it is said to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class MemoryReading:
     """Highest level during the call of all that is the block's: weights, gradients, input and output included."""
     first_call_s: float | None = None
     """Seconds of the first of the calls that this took."""
+    grows: bool = False
+    """Whether each of several calls left memory behind."""
     reason: str | None = None
 
 
@@ -98,6 +103,7 @@ def _measure_cuda(
     call: Callable[[], Any], prepare: Callable[[], None], *, device: torch.device, floor: Resting
 ) -> MemoryReading:
     readings: list[MemoryReading] = []
+    levels: list[int] = []
     with torch.cuda.device(device):
         # The first calls of a process make workspaces that stay: they are not this block's.
         torch.cuda.synchronize(device)
@@ -111,6 +117,7 @@ def _measure_cuda(
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             before = requested_bytes(device, "current")
+            levels.append(before)
             torch.cuda.reset_peak_memory_stats(device)
             y = call()
             torch.cuda.synchronize(device)
@@ -131,7 +138,17 @@ def _measure_cuda(
             readings.append(reading)
             if len(readings) > 1 and readings[-2].peak_bytes == reading.peak_bytes:
                 break
-    return max(readings[-2:], key=lambda reading: reading.peak_bytes or 0)
+        prepare()
+        gc.collect()
+        levels.append(requested_bytes(device, "current"))
+    last = max(readings[-2:], key=lambda reading: reading.peak_bytes or 0)
+    return dataclasses.replace(last, grows=_grows(levels, peak, 1 << 20))
+
+
+def _grows(levels: list[int], peak: int, least: int) -> bool:
+    """Whether each call between two of the levels left more than `least` behind, and more than chance."""
+    left = [after - before for before, after in pairwise(levels)]
+    return len(left) > 1 and min(left) > max(least, GROWTH * peak)
 
 
 def requested_bytes(device: torch.device, moment: str) -> int:
@@ -171,26 +188,40 @@ def _measure_cpu(
     if reason:
         return MemoryReading(allocated_bytes=allocated, first_call_s=first_call_s, reason=reason)
     peaks: list[int] = []
+    levels: list[int] = []
     while len(peaks) < (1 if first_call_s > SLOW_S else MAX_READINGS):
         prepare()
-        peaks.append(cpu_peak_bytes(call))
+        level, peak = _cpu_reading(call)
+        levels.append(level)
+        peaks.append(peak)
         if len(peaks) > 1:
             last, high = peaks[-2:], max(peaks[-2:])
             if high - min(last) <= max(CPU_AGREEMENT_BYTES, CPU_AGREEMENT * high):
                 break
     peak = max(peaks[-2:])
+    prepare()
+    levels.append(cpu_level_bytes())
     return MemoryReading(
-        peak_bytes=peak, allocated_bytes=allocated, total_bytes=held_bytes + peak, first_call_s=first_call_s
+        peak_bytes=peak,
+        allocated_bytes=allocated,
+        total_bytes=held_bytes + peak,
+        first_call_s=first_call_s,
+        grows=_grows(levels, peak, 2 * CPU_AGREEMENT_BYTES),
     )
 
 
 def cpu_peak_bytes(call: Callable[[], Any]) -> int:
     """Resident bytes at the highest moment of `call()`, above the level just before it. Linux, in a memory worker."""
+    return _cpu_reading(call)[1]
+
+
+def _cpu_reading(call: Callable[[], Any]) -> tuple[int, int]:
+    """(level before, peak above it)"""
     level = cpu_level_bytes()
     y = call()
     peak = cpu_peak_above(level)
     _drop(y)
-    return peak
+    return level, peak
 
 
 def cpu_level_bytes() -> int:

@@ -65,6 +65,7 @@ def add_memory(row: BenchmarkResult, found: Mapping[str, Any]) -> None:
         "peak_bytes_per_token",
     ):
         setattr(row, name, found[name])
+    row.warnings = sorted({*row.warnings, *found["warnings"]})
     if row.allocated_memory_mb is not None:
         row.memory_efficiency_mb_per_token = row.allocated_memory_mb / (row.batch_size * row.sequence_length)
 

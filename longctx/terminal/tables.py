@@ -23,6 +23,7 @@ WARNING_ADVICE = {
     "throttled": "the chip was slowed down while measuring; let it cool, or lower its clocks",
     "launch_bound": "the time is that of launching kernels, not of their work; use longer lengths",
     "contended": "other programs used this machine while measuring",
+    "memory_grows": "every call leaves memory behind; a long run will end for want of it",
 }
 STYLES = {"ok": "green", "wrong": "bold red", "impossible": "bold red", "skipped": "dim", "unsupported": "dim"}
 BAD = "yellow"

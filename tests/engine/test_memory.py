@@ -66,6 +66,23 @@ with torch.inference_mode():
     assert found["reason"] is None
 
 
+@linux
+def test_a_call_that_leaves_memory_behind_is_told_from_one_that_fills_a_cache():
+    found = in_memory_process(
+        """
+import json, torch
+from longctx.engine.memory import measure_memory
+kept, cache = [], {}
+def hoards(): kept.append(torch.ones(8 << 18))
+def fills(): cache.setdefault("once", torch.ones(8 << 18))
+def plain(): return torch.ones(8 << 18)
+read = lambda call: measure_memory(call, device=torch.device("cpu"), module=torch.nn.Linear(2, 2), inputs=[]).grows
+print(json.dumps([read(plain), read(fills), read(hoards)]))
+"""
+    )
+    assert found == [False, False, True]
+
+
 def test_without_the_allocator_settings_there_is_a_reason_and_no_number(monkeypatch):
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     layer = nn.Linear(4, 4)
@@ -86,6 +103,18 @@ def test_storages_are_counted_once_wherever_they_lie():
     base = torch.zeros(10, 10)
     state = State(base[:5], {"view": base[5:], "other": torch.zeros(3, dtype=torch.float64)})
     assert memory.tensor_bytes([base, (base.t(), [state]), None, "text"]) == 400 + 24
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_too_a_call_that_leaves_memory_behind_is_told():
+    device = torch.device("cuda", torch.cuda.current_device())
+    layer, kept = nn.Linear(8, 8).to(device), []
+
+    def grows(call):
+        return memory.measure_memory(call, device=device, module=layer, inputs=[]).grows
+
+    assert not grows(lambda: torch.ones(8 << 18, device=device))
+    assert grows(lambda: kept.append(torch.ones(8 << 18, device=device)))
 
 
 @pytest.mark.cuda

@@ -56,6 +56,26 @@ def test_a_crash_or_a_hang_costs_its_own_rows_and_no_other(survived):
     assert longctx.load(saved(folder)) == rows
 
 
+def test_what_a_worker_has_loaded_is_not_searched_for_garbage_in_every_cell(tmp_path):
+    """Else that is half of the time of a short cell."""
+    built = "import gc\nclass Built(Plain):\n    def __init__(self, d_model):\n        super().__init__()\n"
+    (tmp_path / "mine.py").write_text(BLOCKS + built + "        note('frozen', gc.get_freeze_count() > 100_000)\n")
+    rows, _ = sweep([f"{tmp_path}/mine.py:Built"], tmp_path, sequence_lengths=[8, 16], isolation="worker", gate=False)
+    assert {row.status for row in rows} == {"ok"}
+    found = lines(tmp_path / "frozen")
+    assert found[-1] == "True" and "False" in found
+
+
+def test_memory_that_grows_with_every_call_stands_in_the_row(tmp_path):
+    hoards = "class Hoards(Plain):\n    kept = []\n    def forward(self, x):\n"
+    hoards += "        self.kept.append(torch.ones(1 << 21))\n        return super().forward(x)\n"
+    (tmp_path / "mine.py").write_text(BLOCKS + hoards)
+    blocks = [f"{tmp_path}/mine.py:{name}" for name in ("Hoards", "Plain")]
+    how = {"isolation": "worker", "benchmark_runs": 3, "profile_memory": True, "gate": False}
+    rows, _ = sweep(blocks, tmp_path, sequence_lengths=[8], **how)
+    assert ["memory_grows" in row.warnings for row in rows] == [True, False]
+
+
 def test_what_became_of_a_process_stands_in_its_row(survived):
     _, rows, _ = survived
     errors = {row.block_name: row.error for row in rows if row.sequence_length == 16}
