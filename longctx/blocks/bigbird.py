@@ -19,9 +19,15 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, transposed_plan, visible_blocks
-from longctx.ops.block_sparse_attention import (
+from longctx.ops.block_plan import (
+    BlockPattern,
     BlockSparse,
+    check_plan,
+    draw_random_blocks,
+    transposed_plan,
+    visible_blocks,
+)
+from longctx.ops.block_sparse_attention import (
     block_sparse_attention,
     fused,
     kernel_fits,

@@ -64,6 +64,28 @@ class BlockPattern:
         return range(first + self.num_window_blocks // 2, last - self.num_window_blocks // 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockSparse:
+    """Which keys the queries of one call see.
+
+    plan: random blocks `[H, >= n, r]`, as `draw_random_blocks` gives them. complete: query blocks from whose
+    lists nothing is missing (`BlockPattern.complete`, less those with a -1 in the plan). start: position of the
+    first query. length: number of keys; when causal, start + t. readers: the random blocks transposed, as
+    `transposed_plan` gives them, for the gradients of the kernel; None: made when they are needed.
+    """
+
+    pattern: BlockPattern
+    plan: Tensor
+    complete: range
+    start: int
+    length: int
+    readers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def n_blocks(self) -> int:
+        return self.pattern.count(self.length)
+
+
 def draw_random_blocks(
     pattern: BlockPattern, *, seed: int, n_heads: int, n_blocks: int, device: torch.device | str | None = None
 ) -> Tensor:

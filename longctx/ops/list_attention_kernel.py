@@ -11,7 +11,7 @@ Letters: B batch, t queries, S keys, H query heads, G key-value heads, K head wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -19,13 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.attention_tile import LN_2, LOG2_E, add, kept, load_rows, store_rows
-from longctx.ops.block_plan import transposed_plan
+from longctx.ops.block_plan import BlockSparse, transposed_plan
 from longctx.ops.launch import capability, launch
 from longctx.ops.operators import differentiable
 from longctx.ops.window_attention_kernel import MOST_STRIDE
-
-if TYPE_CHECKING:
-    from longctx.ops.block_sparse_attention import BlockSparse
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse) -> bool:

@@ -10,20 +10,17 @@ Letters: B batch, T tokens, H query heads, G key-value heads, K head width, g gl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx.ops import list_attention_kernel as lists
 from longctx.ops import window_attention_kernel as window
-from longctx.ops.block_plan import transposed_plan
+from longctx.ops.block_plan import BlockSparse, transposed_plan
 from longctx.ops.list_attention_gradients import run_backward as lists_backward
 from longctx.ops.operators import differentiable
 from longctx.ops.window_attention_gradients import run_backward as window_backward
-
-if TYPE_CHECKING:
-    from longctx.ops.block_sparse_attention import BlockSparse
 
 
 def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,6 +81,19 @@ def test_nothing_is_held_when_a_step_is_over(name, recompute, backward, device):
     assert made.alive() == 0
 
 
+@every_block
+def test_training_compiles_as_one_graph(name):
+    torch.compiler.reset()
+    block = make(name, dtype=torch.float32).train()
+    x, weights = (tokens(130, dtype=torch.float32) for _ in range(2))
+    x.requires_grad_()
+    found = []
+    for call in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        found.append(gradients(block, x, call(x, keep_state=False)[0], weights))
+    for key in found[0]:
+        torch.testing.assert_close(found[1][key], found[0][key], rtol=1e-3, atol=1e-4)
+
+
 # -- dropout -------------------------------------------------------------------------------------------------
 
 

@@ -155,7 +155,8 @@ def test_memory_comes_with_the_round_or_by_itself():
     together = row_of(found(1.0, **READING))
     apart = row_of(found(1.0, **dict.fromkeys(READING)))
     assert apart.memory_efficiency_mb_per_token is None
-    add_memory(apart, READING)
+    add_memory(apart, {**READING, "warnings": ["memory_grows"]})
+    assert apart.warnings == ["memory_grows"]
     for row in (together, apart):
         assert (row.peak_memory_mb, row.allocated_memory_mb, row.reserved_memory_mb) == (4.0, 10.0, None)
         assert (row.total_memory_mb, row.peak_bytes_per_token) == (12.0, 7.0)
@@ -164,7 +165,7 @@ def test_memory_comes_with_the_round_or_by_itself():
 
 def test_a_reading_that_does_not_exist_is_null():
     row = row_of(found(1.0))
-    add_memory(row, dict.fromkeys(READING))
+    add_memory(row, {**dict.fromkeys(READING), "warnings": []})
     assert row.memory_efficiency_mb_per_token is None
     assert row.peak_memory_mb is None
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 
 from longctx.errors import UsageError
+from longctx.ops import gathered_lists
 from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, transposed_plan, visible_blocks
 from longctx.ops.block_sparse_attention import BlockSparse, block_sparse_attention
 
-module = sys.modules[block_sparse_attention.__module__]
 CAUSAL = BlockPattern(block_size=4, num_window_blocks=3, num_random_blocks=3, num_global_blocks=2, causal=True)
 BOTH = dataclasses.replace(CAUSAL, causal=False)
 
@@ -203,14 +202,14 @@ def test_patterns_without_random_or_global_blocks(zero):
 def test_slabs_of_any_size_give_the_same(pattern, monkeypatch):
     q, k, v, sparse = case(pattern, length=99)
     whole = block_sparse_attention(q, k, v, sparse)
-    monkeypatch.setattr(module, "CPU_SLAB_BYTES", 1)
-    monkeypatch.setattr(module, "CPU_RUN_BLOCKS", 3)
+    monkeypatch.setattr(gathered_lists, "CPU_SLAB_BYTES", 1)
+    monkeypatch.setattr(gathered_lists, "CPU_RUN_BLOCKS", 3)
     torch.testing.assert_close(block_sparse_attention(q, k, v, sparse), whole)
 
 
 @pytest.mark.parametrize("pattern", [CAUSAL, BOTH])
 def test_gradients_are_those_of_the_definition(pattern, monkeypatch):
-    monkeypatch.setattr(module, "CPU_SLAB_BYTES", 1)
+    monkeypatch.setattr(gathered_lists, "CPU_SLAB_BYTES", 1)
     q, k, v, sparse = case(pattern, length=54, batch=1)
     weight = torch.randn_like(q)
     grads = []
@@ -233,6 +232,45 @@ def test_dropout_draws_the_same_weights_in_the_backward_pass():
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close((grad * v).sum(), (out * weight).sum())
     assert not torch.allclose(out, block_sparse_attention(q, k, v, sparse))
+
+
+@pytest.mark.parametrize("pattern", [CAUSAL, BOTH])
+def test_gradients_under_dropout_against_finite_differences(pattern):
+    q, k, v, sparse = case(pattern, length=22, batch=1)
+
+    def drawn(*inputs):
+        torch.manual_seed(3)
+        return block_sparse_attention(*inputs, sparse, dropout=0.4)
+
+    assert torch.autograd.gradcheck(drawn, [t.requires_grad_() for t in (q, k, v)], fast_mode=True)
+
+
+def test_the_gathered_lists_are_one_operator_to_torch():
+    q, k, v, sparse = case(CAUSAL, length=54, batch=1)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    numbers = (
+        CAUSAL.num_global_blocks,
+        CAUSAL.num_window_blocks,
+        CAUSAL.block_size,
+        True,
+        sparse.complete.start,
+        sparse.complete.stop,
+        0,
+        54,
+    )
+    op = torch.ops.longctx.block_sparse_attention.default
+    # What dropout draws is compared by the seed; the same operator twice is not.
+    torch.library.opcheck(op, (*inputs, sparse.plan, *numbers, 0.3, torch.tensor(7)))
+    torch.library.opcheck(op, (*inputs, sparse.plan, *numbers, 0.0, None))
+    compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
+    for dropout in (0.0, 0.3):
+        results = []
+        for call in (block_sparse_attention, compiled):
+            torch.manual_seed(3)
+            out = call(*inputs, sparse, dropout=dropout)
+            results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
