@@ -42,6 +42,8 @@ class Crossover:
     faster_after: bool | None = None
     crossings: int = 0
     """How often the sign changes; the last change is told."""
+    launch_bound: bool = False
+    """Whether up to the crossing one of them waits for its launches: another host would move it."""
     untold: tuple[int, ...] = ()
     """Lengths at which the noise hides which of the two is faster."""
     reason: str = ""
@@ -84,9 +86,10 @@ def crossover(a: Growth, b: Growth) -> Crossover:
     if changes:
         at, low, high = _inside(points, changes[-1], half)
         after = signs[changes[-1][1]] < 0
-        return Crossover(
-            **names, verdict="crosses", at=at, low=low, high=high, faster_after=after, crossings=len(changes)
-        )
+        before = lengths[changes[-1][0]]
+        bound = before in a.curve.bound or before in b.curve.bound
+        where = {"at": at, "low": low, "high": high, "crossings": len(changes), "launch_bound": bound}
+        return Crossover(**names, verdict="crosses", faster_after=after, **where)
     slower = signs[told[0]] > 0
     names["verdict"] = "above" if slower else "below"
     return _beyond(a.time, b.time, names, slower=slower)

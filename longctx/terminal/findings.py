@@ -127,6 +127,8 @@ def crossing_line(crossing: Crossover) -> str:
             text += f", extrapolated beyond {span_}"
         elif crossing.crossings > 1:
             text += f", the last of {crossing.crossings} crossings"
+        if crossing.launch_bound:
+            text += ", launch-bound up to there"
     return text
 
 
@@ -314,6 +316,7 @@ def _mode_document(found: Conclusions, extra: Sequence[Crossover] | None) -> dic
                 "extrapolated": c.extrapolated,
                 "range": [c.shortest, c.longest] if c.shortest else None,
                 "crossings": c.crossings,
+                "launch_bound": c.launch_bound,
                 "reason": c.reason or None,
                 "words": crossing_line(c),
             }

@@ -38,6 +38,20 @@ def test_inside_the_range():
     assert other.at == pytest.approx(found.at) and not other.faster_after
 
 
+def test_a_crossing_that_the_host_decides_says_so():
+    def found(bound):
+        run = [*rows("A", lambda t: 1e-3 + 1e-8 * t), *rows("Dense", lambda t: 1e-7 * t)]
+        for row in run:
+            row.warnings = ["launch_bound"] if (row.block_name, row.sequence_length) in bound else []
+        return crossover(*growths(curves(run)))
+
+    at = crossing_line(found(set()))
+    assert "launch-bound" not in at
+    # It lies between 8K and 16K.
+    assert crossing_line(found({("A", 8192)})) == f"{at}, launch-bound up to there"
+    assert not found({("A", 1024), ("Dense", 65536)}).launch_bound
+
+
 def test_the_interval_holds_the_crossing():
     # Power laws: straight on log-log axes, so that interpolation is exact and noise alone is left.
     true = 1024 * 2**3.3
