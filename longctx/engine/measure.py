@@ -44,6 +44,9 @@ _OOM_WORDS = (
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
 )
+_CUDA_OOM = re.compile(
+    r"Tried to allocate ([\d.]+ \wiB)\..*?total capacity of ([\d.]+ \wiB) of which ([\d.]+ \wiB) is free", re.DOTALL
+)
 _UNSUPPORTED_WORDS = ("not implemented for", "is not supported", "not supported for", "unsupported dtype")
 
 
@@ -303,6 +306,8 @@ def fault_of(error: BaseException) -> dict[str, Any]:
     ):
         if asked := re.search(r"tried to allocate (\d+) bytes", text):
             text = f"there was no room for another {int(asked[1]) / 2**30:,.2f} GiB"
+        elif asked := _CUDA_OOM.search(text):
+            text = f"there was no room for another {asked[1]}: {asked[3]} of {asked[2]} were free"
         # What was measured before is not the whole cell.
         return {"status": "oom", "samples_round": [], "error": {"type": kind, "message": _first_lines(text)}}
     if isinstance(error, NotImplementedError) or (

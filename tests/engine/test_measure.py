@@ -13,7 +13,7 @@ from longctx.engine import timing
 from longctx.engine.call import Run
 from longctx.engine.flags import flag_state
 from longctx.engine.loading import load_block
-from longctx.engine.measure import Plan, make_input, measure_cell
+from longctx.engine.measure import Plan, fault_of, make_input, measure_cell
 from longctx.results import STATUSES
 
 CPU = torch.device("cpu")
@@ -211,6 +211,18 @@ def test_faults_become_a_status(place, name, status, words):
     assert found["error"]["type"]
     assert found["samples_round"] == []
     json.dumps(found)
+
+
+def test_what_a_gpu_says_of_its_memory_is_cut_to_what_matters():
+    text = (
+        "CUDA out of memory. Tried to allocate 16.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 10.36 GiB "
+    )
+    text += (
+        "is free. Including non-PyTorch memory, this process has 129.43 GiB memory in use. Of the allocated memory ..."
+    )
+    found = fault_of(torch.OutOfMemoryError(text))
+    assert found["status"] == "oom"
+    assert found["error"]["message"] == "there was no room for another 16.00 GiB: 10.36 GiB of 139.80 GiB were free"
 
 
 def test_an_interruption_passes(place):
