@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longctx.ops.key_values import KeyValues
+from longctx.ops.operators import first_order
 
 if TYPE_CHECKING:
     from longctx.blocks._shell import PreNormBlock
@@ -102,7 +102,7 @@ class _Recomputed(torch.autograd.Function):
         return y, *(tensor.clone() for tensor in _tensors(state))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, *later: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         (x,) = ctx.saved_tensors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longctx.blocks._recompute import recomputed
 from longctx.errors import UsageError
 from longctx.ops.feed_forward import infer, residual_feed_forward
-from longctx.ops.layer_norm import kept_as_input, kernels_fit, layer_norm
+from longctx.ops.layer_norm import hooks_are_set, kept_as_input, kernels_fit, layer_norm
 
 # Tokens that inference takes through the block at a time. On a CPU the hidden tensor of a slab then stays in the
 # cache and its pages are not faulted in again at every call; on a GPU slabs only bound the memory of long sequences.
@@ -146,7 +146,7 @@ class PreNormBlock(nn.Module):
         """Forward as autograd and autocast can follow it."""
         u = self.norm(x)
         keep: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not hooks_are_set():
             keep = kept_as_input(u, x, self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)
         with keep:
             mixed, state = self.mix(u, state, keep_state)

@@ -283,8 +283,10 @@ def _append(kept: Tensor, new: Tensor, position: int, size: int) -> Tensor:
         grown = kept.new_empty(*kept.shape[:2], max(blocks_end, 2 * kept.shape[2]), kept.shape[3])
         grown[:, :, :position] = kept[:, :, :position]
         kept = grown
-    kept[:, :, position:end] = new
-    kept[:, :, end:blocks_end] = 0
+    # Where no query of before looks: a graph that still needs the keys it has seen need not hear of the change.
+    room = kept.data
+    room[:, :, position:end] = new
+    room[:, :, end:blocks_end] = 0
     return kept
 
 

@@ -30,8 +30,8 @@ MAX_READINGS = 4
 CPU_AGREEMENT_BYTES = 1 << 20
 CPU_AGREEMENT = 0.01
 SLOW_S = 5.0
-GROWTH = 0.02
-"""Of the peak: what a call may leave behind before it is said to."""
+GROWING_CALLS = 12
+"""Calls that must each leave memory behind: a block may keep the last few results, or fill some buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +138,29 @@ def _measure_cuda(
             readings.append(reading)
             if len(readings) > 1 and readings[-2].peak_bytes == reading.peak_bytes:
                 break
-        prepare()
-        gc.collect()
-        levels.append(requested_bytes(device, "current"))
+
+        def level() -> int:
+            prepare()
+            gc.collect()
+            return requested_bytes(device, "current")
+
+        grows = _grows(call, level, levels, 1 << 16)
     last = max(readings[-2:], key=lambda reading: reading.peak_bytes or 0)
-    return dataclasses.replace(last, grows=_grows(levels, peak, 1 << 20))
+    return dataclasses.replace(last, grows=grows)
 
 
-def _grows(levels: list[int], peak: int, least: int) -> bool:
-    """Whether each call between two of the levels left more than `least` behind, and more than chance."""
-    left = [after - before for before, after in pairwise(levels)]
-    return len(left) > 1 and min(left) > max(least, GROWTH * peak)
+def _grows(call: Callable[[], Any], level: Callable[[], int], levels: list[int], least: int) -> bool:
+    """Whether every call leaves more than `least` behind: those between the levels, and then as many as fill a cache.
+
+    level: what there is now, with nothing left of the call before but what it left behind.
+    """
+    levels = [*levels, level()]
+    while all(after - before > least for before, after in pairwise(levels)):
+        if len(levels) > GROWING_CALLS:
+            return True
+        _drop(call())
+        levels.append(level())
+    return False
 
 
 def requested_bytes(device: torch.device, moment: str) -> int:
@@ -199,14 +211,17 @@ def _measure_cpu(
             if high - min(last) <= max(CPU_AGREEMENT_BYTES, CPU_AGREEMENT * high):
                 break
     peak = max(peaks[-2:])
-    prepare()
-    levels.append(cpu_level_bytes())
+
+    def level_now() -> int:
+        prepare()
+        return cpu_level_bytes()
+
     return MemoryReading(
         peak_bytes=peak,
         allocated_bytes=allocated,
         total_bytes=held_bytes + peak,
         first_call_s=first_call_s,
-        grows=_grows(levels, peak, 2 * CPU_AGREEMENT_BYTES),
+        grows=_grows(call, level_now, levels, CPU_AGREEMENT_BYTES // 2),
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from longctx.ops.operators import first_order
 
 HALF = (torch.float16, torch.bfloat16)
 EVERY = -1
@@ -73,7 +74,7 @@ class WindowAndGlobals(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, global_k, global_v, out, lse, *random = ctx.saved_tensors
         left, right, dropout_p = ctx.settings

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longctx.ops import blade_pipeline as pipeline
 from longctx.ops.blade_chain import ChainWeights
@@ -29,6 +28,7 @@ from longctx.ops.blade_training_chain import kept_chain
 from longctx.ops.blade_training_graph import TrainingGraphs, fused_chain, kernels
 from longctx.ops.blade_training_layout import Settings, by_chunks, dense, listed, named, slabs
 from longctx.ops.layer_norm import normalize
+from longctx.ops.operators import first_order
 
 
 def whole_chunks(
@@ -173,7 +173,7 @@ class _WholeChunks(torch.autograd.Function):
         return output[:2]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, ds, *dparameters = _gradients(_backward, ctx, dy, dlast)
         return dx, ds, None, *dparameters

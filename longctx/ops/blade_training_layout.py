@@ -88,7 +88,7 @@ def _gpu_sizes(count: int, tokens: int) -> list[int]:
     unit = GRAPH_CHUNKS if count >= GRAPH_CHUNKS * parts else 1
     each, more = divmod(count // unit, parts)
     sizes = [unit * (each + (index < more)) for index in range(parts)]
-    sizes[0] += count % unit
+    sizes[more] += count % unit
     return sizes
 
 

@@ -6,8 +6,7 @@ b block_size, n query blocks, L blocks in a list, r random blocks, W blocks in a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,14 +88,14 @@ def _forward(
     sparse = _sparse(plan, num_globals, window, size, causal, complete, complete_end, start, length)
     k, v = k.contiguous(), v.contiguous()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with _drawing(q, seed):
-        for run in runs(q, sparse, dropout):
-            if run.kind == "direct":
-                attend_direct(q, k, v, sparse, run, out)
-                continue
-            index = gather_index(k, sparse, run)
-            inputs = queries(q, sparse, run), gather(k, index, sparse), gather(v, index, sparse)
-            queries(out, sparse, run).copy_(attend(*inputs, sparse, run, dropout))
+    generator = _generator(q, seed)
+    for run in runs(q, sparse, dropout):
+        if run.kind == "direct":
+            attend_direct(q, k, v, sparse, run, out)
+            continue
+        index = gather_index(k, sparse, run)
+        inputs = queries(q, sparse, run), gather(k, index, sparse), gather(v, index, sparse)
+        queries(out, sparse, run).copy_(attend(*inputs, sparse, run, dropout, generator))
     return out
 
 
@@ -123,15 +122,15 @@ def _backward(
     total_type = torch.promote_types(q.dtype, torch.float32)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = torch.zeros_like(k, dtype=total_type), torch.zeros_like(v, dtype=total_type)
-    with _drawing(q, seed):
-        for run in runs(q, sparse, dropout, direct=False):
-            index = gather_index(k, sparse, run)
-            inputs = queries(q, sparse, run), gather(k, index, sparse), gather(v, index, sparse)
-            for_q, *others = attend_backward(queries(grad, sparse, run), *inputs, sparse, run, dropout)
-            queries(grad_q, sparse, run).copy_(for_q)
-            for total, piece in zip((grad_k, grad_v), others, strict=True):
-                rows = block_rows(total, sparse)
-                rows.index_add_(1, index, piece.to(total_type).reshape(rows.shape[0], len(index), -1))
+    generator = _generator(q, seed)
+    for run in runs(q, sparse, dropout, backward=True):
+        index = gather_index(k, sparse, run)
+        inputs = queries(q, sparse, run), gather(k, index, sparse), gather(v, index, sparse)
+        for_q, *others = attend_backward(queries(grad, sparse, run), *inputs, sparse, run, dropout, generator)
+        queries(grad_q, sparse, run).copy_(for_q)
+        for total, piece in zip((grad_k, grad_v), others, strict=True):
+            rows = block_rows(total, sparse)
+            rows.index_add_(1, index, piece.to(total_type).reshape(rows.shape[0], len(index), -1))
     # In memory of their own, as an operator's results must be.
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
@@ -159,19 +158,9 @@ def _sparse(
     return BlockSparse(pattern=pattern, plan=plan, complete=complete_blocks, start=start, length=length)
 
 
-@contextlib.contextmanager
-def _drawing(x: Tensor, seed: Tensor | None) -> Iterator[None]:
-    """Inside it dropout draws from `seed`, the same in forward and backward. Torch's generators stay as they are."""
-    if seed is None:
-        yield
-        return
-    on_gpu = x.device.type == "cuda"
-    with torch.random.fork_rng([x.device] if on_gpu else []):
-        torch.default_generator.manual_seed(int(seed))
-        if on_gpu:
-            with torch.cuda.device(x.device):
-                torch.cuda.manual_seed(int(seed))
-        yield
+def _generator(x: Tensor, seed: Tensor | None) -> torch.Generator | None:
+    """From which forward and backward draw the same dropout, whatever else draws meanwhile."""
+    return None if seed is None else torch.Generator(x.device).manual_seed(int(seed))
 
 
 def _shapes(q: Tensor, *others: Any) -> Tensor:

@@ -44,35 +44,36 @@ class Run:
 # -- cutting the queries into runs -------------------------------------------------------------------------
 
 
-def runs(q: Tensor, sparse: BlockSparse, dropout: float, direct: bool = True) -> Iterator[Run]:
-    """Runs that cover the queries in order."""
+def runs(q: Tensor, sparse: BlockSparse, dropout: float, *, backward: bool = False) -> Iterator[Run]:
+    """Runs that cover the queries in order, in each as many blocks as `attend`, or its backward, should take."""
     pattern, size = sparse.pattern, sparse.pattern.block_size
-    direct = direct and pattern.causal and q.device.type == "cpu" and not dropout
+    direct = pattern.causal and q.device.type == "cpu" and not dropout and not backward
     direct = direct and q.dtype in (torch.float32, torch.float64)
     listed = pattern.num_global_blocks + pattern.num_random_blocks + pattern.num_window_blocks
-    block_bytes = 2 * q.shape[0] * q.shape[2] * listed * size * q.shape[3] * q.element_size()
+    lanes, wide = q.shape[0] * q.shape[2], max(4, q.element_size())
+    # Of a key in a list: itself and its value, gathered, and their gradients; of a query beside it: weights, what
+    # dropout leaves of them, their gradients.
+    key_bytes = 2 * q.shape[3] * (q.element_size() + (wide if backward else 0))
+    pair_bytes = wide * ((2 if backward else 0) + (3 if dropout else 0))
     slab_bytes = CPU_SLAB_BYTES if q.device.type == "cpu" else GPU_SLAB_BYTES
-    slab = max(1, min(slab_bytes // block_bytes, MAX_LANES // q.shape[2]))
+    block_bytes = lanes * listed * size * (key_bytes + size * pair_bytes)
+    slab = max(1, min(slab_bytes // block_bytes, MAX_LANES // lanes))
+    all_rows = max(1, slab_bytes // max(1, lanes * sparse.length * pair_bytes))
     edges = (sparse.complete.start, sparse.complete.stop, pattern.inner(sparse.n_blocks)[1])
     position, stop = sparse.start, sparse.start + q.shape[1]
     while position < stop:
         block, row = divmod(position, size)
         whole = 0 if row else (stop - position) // size
+        rows = min(size - row, stop - position)
         if pattern.sees_all(block, sparse.n_blocks):
-            kind, whole = "all", min(whole, 1)
-        elif whole and block in sparse.complete:
-            kind = "direct" if direct else "complete"
-        else:
-            kind = "partial"
-        if whole:
-            blocks = min(
-                whole,
-                *(edge - block for edge in edges if edge > block),
-                CPU_RUN_BLOCKS if kind == "direct" else slab,
-            )
+            run = Run(first=position, blocks=1, rows=min(rows, all_rows), kind="all")
+        elif whole:
+            kind = ("direct" if direct else "complete") if block in sparse.complete else "partial"
+            most = CPU_RUN_BLOCKS if kind == "direct" else slab
+            blocks = min(whole, *(edge - block for edge in edges if edge > block), most)
             run = Run(first=position, blocks=blocks, rows=size, kind=kind)
         else:
-            run = Run(first=position, blocks=1, rows=min(size - row, stop - position), kind=kind)
+            run = Run(first=position, blocks=1, rows=rows, kind="partial")
         yield run
         position += run.blocks * run.rows
 
@@ -120,12 +121,14 @@ def gather(x: Tensor, index: Tensor, sparse: BlockSparse) -> Tensor:
 # -- attending ---------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: Run, dropout: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: Run, dropout: float, generator: torch.Generator | None
+) -> Tensor:
     """q `[B, H, blocks, rows, K]` to the gathered k and v `[B, H * blocks * L * b, K]` -> the shape of q."""
     flat, k, v = _by_lanes(q, k, v, sparse, run)
     if dropout:
         weights = _weights(flat, k, _mask(sparse, run, k.shape[2]))
-        out = _product((weights * _kept(weights, dropout)), v).to(v.dtype)
+        out = _product(weights * _kept(weights, dropout, generator), v).to(v.dtype)
     else:
         known = run.kind != "partial" and sparse.pattern.causal and q.device.type == "cuda"
         # The fused kernels know that one by its kind.
@@ -135,7 +138,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: Run, dropo
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse, run: Run, dropout: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparse: BlockSparse,
+    run: Run,
+    dropout: float,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what `attend` takes, given that of its result, in the same shapes, in fp32 at least.
 
@@ -148,7 +158,7 @@ def attend_backward(
     slope = _product(grad, v.transpose(-1, -2))
     dropped = weights
     if dropout:
-        kept = _kept(weights, dropout)
+        kept = _kept(weights, dropout, generator)
         dropped, slope = weights * kept, slope.mul_(kept)
     for_v = _product(dropped.transpose(-1, -2), grad)
     slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(scale)
@@ -193,9 +203,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _kept(weights: Tensor, dropout: float) -> Tensor:
+def _kept(weights: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
     """What dropout lets through, scaled; drawn in the same order by forward and backward."""
-    return torch.empty_like(weights).bernoulli_(1.0 - dropout).div_(1.0 - dropout)
+    return torch.empty_like(weights).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
 
 
 def _mask(sparse: BlockSparse, run: Run, keys: int) -> Tensor | None:

@@ -50,6 +50,13 @@ def kept_as_input(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     return saved_tensors_hooks(again.pack, again.unpack)
 
 
+def hooks_are_set() -> bool:
+    """Whether someone else decides what autograd keeps, as checkpointing does: hooks of ours would take it away."""
+    # torch has no public way to ask.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
 class _ComputedAgain:
     def __init__(self, storage: int, inputs: tuple[Tensor, Tensor, Tensor], eps: float) -> None:
         self.storage, self.inputs, self.eps = storage, inputs, eps

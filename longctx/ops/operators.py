@@ -7,11 +7,12 @@ is more than a short sequence takes on a GPU. Both run the same two bodies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def differentiable(
@@ -42,20 +43,52 @@ def differentiable(
     )
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return gradients(backward, ctx, *grads)
+        with _as_given(grads):
+            return gradients(backward, ctx, *grads)
 
     class Function(torch.autograd.Function):
         # With a `setup_context` of its own torch would inspect a signature at every call.
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
+            with _as_given(inputs):
+                output = forward(*inputs)
             keep(ctx, inputs, output)
             return output
 
-    Function.backward = staticmethod(differentiate if twice else once_differentiable(differentiate))
+    Function.backward = staticmethod(differentiate if twice else first_order(differentiate))
     Function.__name__ = Function.__qualname__ = name
 
     def call(*inputs: Any) -> Any:
         return operator(*inputs) if torch.compiler.is_compiling() else Function.apply(*inputs)
 
     return call
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an autograd.Function whose gradients have none: RuntimeError when those are asked for.
+
+    torch's `once_differentiable` does so only where the incoming gradient needs one. That of a sum does not, and
+    gradients of second order would be wrong without a word.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        error = torch._C._functions.DelayedError(b"blocks of longctx have gradients of first order only", len(found))
+        return error(*(t if t is None else t.detach().requires_grad_() for t in found))
+
+    return checked
+
+
+def _as_given(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Context in which autocast leaves the formats of an operation's own steps as they are."""
+    kind = next((value.device.type for value in values if isinstance(value, torch.Tensor)), None)
+    if kind is not None and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from longctx.ops.operators import first_order
 
 
 def project_into(u: Tensor, weight: Tensor, *, out: Tensor) -> None:
@@ -47,7 +48,7 @@ class _Beside(torch.autograd.Function):
         return F.linear(u, weight), F.linear(u[:, :count], of_first)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, grad_first: Tensor | None) -> tuple[Tensor | None, ...]:
         u, weight, of_first = ctx.saved_tensors
         du, dw, dw_first = None, None, None

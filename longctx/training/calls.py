@@ -231,14 +231,17 @@ class ModelRun:
         return contextlib.nullcontext() if self.cell.mode == "train" else torch.inference_mode()
 
     def prepare(self) -> None:
-        return None
+        if self.cell.mode == "train":
+            for parameter in self.model.parameters():
+                parameter.grad = None
 
     def call_prepared(self) -> Any:
         if self.cell.mode != "train":
             return self.model(*self.x)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.prepare()
         y = self.model(*self.x)
         total = sum(t.float().sum() for t in tensors_in(y) if t.requires_grad)
+        # As in the run of a block.
+        del y
         total.backward()
         return total.detach()

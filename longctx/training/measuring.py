@@ -212,6 +212,8 @@ def _measure(
             sizes = {"peak": reading.peak_bytes, "allocated": reading.allocated_bytes}
             # What the training holds besides stays out of the figure, so the pool's size says nothing of the block.
             found |= {f"{key}_memory_mb": None if size is None else size / 2**20 for key, size in sizes.items()}
+            if reading.grows and run.cell.mode != "decode":
+                found["warnings"] = [*found["warnings"], "memory_grows"]
             if reading.peak_bytes is not None:
                 found["peak_bytes_per_token"] = reading.peak_bytes / run.cell.tokens
     return found

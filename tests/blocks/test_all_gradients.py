@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from every_block import OTHER, SMALL, MadeTensors, every_block, gradients, make, relative, tokens
+from torch.utils.checkpoint import checkpoint
 
 from longctx import blocks
 
@@ -79,6 +82,35 @@ def test_nothing_is_held_when_a_step_is_over(name, recompute, backward, device):
     with MadeTensors() as made:
         step()
     assert made.alive() == 0
+
+
+@every_block
+def test_checkpointing_keeps_the_input_alone(name):
+    block = make(name, dtype=torch.float32).train()
+    x = tokens(256, dtype=torch.float32).requires_grad_()
+    call = functools.partial(checkpoint, block, x, keep_state=False, use_reentrant=False)
+    weights = torch.randn(x.shape)
+    wanted = gradients(block, x, block(x, keep_state=False)[0], weights)
+    call()
+    with MadeTensors() as made:
+        y, _ = call()
+    # The result itself.
+    assert made.alive() == 1
+    for key, grad in gradients(block, x, y, weights).items():
+        torch.testing.assert_close(grad, wanted[key], rtol=1e-3, atol=1e-4)
+
+
+@every_block
+def test_a_stream_may_go_on_before_the_backward_of_its_beginning(name):
+    block, x, further = make(name), tokens(37).requires_grad_(), tokens(5)
+    weights = torch.randn_like(x)
+    wanted = gradients(block, x, block(x)[0], weights)
+    y, state = block(x)
+    with torch.no_grad():
+        _, state = block(further, state.detach())
+        block.step(further[:, :1], state)
+    for key, grad in gradients(block, x, y, weights).items():
+        torch.testing.assert_close(grad, wanted[key])
 
 
 @every_block

@@ -23,9 +23,9 @@ def test_slabs_of_a_gpu_are_few_and_fit_its_graphs(count, tokens):
     assert max(sizes) == sizes[0] and min(sizes) > 0
     if count * tokens >= 5 * 8192:
         # Buffers of two neighbours are 12D a token of theirs.
-        assert sizes[0] <= max(count / 5 + 16, 1) and sizes[0] * tokens <= max(65536 + 16 * tokens, tokens)
+        assert sizes[0] <= count / 5 + 8 and sizes[0] * tokens <= 65536 + 8 * tokens
     if count >= 8 * len(sizes):
-        assert all(size % 8 == 0 for size in sizes[1:])
+        assert sum(size % 8 > 0 for size in sizes) <= 1
 
 
 class Stream:

@@ -245,6 +245,29 @@ def test_gradients_under_dropout_against_finite_differences(pattern):
     assert torch.autograd.gradcheck(drawn, [t.requires_grad_() for t in (q, k, v)], fast_mode=True)
 
 
+def test_formats_are_those_of_the_inputs_under_autocast():
+    q, k, v, sparse = case(CAUSAL, length=54, batch=1, dtype=torch.float32)
+    q.requires_grad_()
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = block_sparse_attention(q, k, v, sparse, dropout=0.3)
+            found.append((out, *torch.autograd.grad(out.square().sum(), q)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_rows_that_see_every_key_are_cut_where_they_are_too_many(monkeypatch):
+    q, k, v, sparse = case(BOTH, length=54, batch=1)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    wanted = torch.autograd.grad(block_sparse_attention(*inputs, sparse).square().sum(), inputs)
+    monkeypatch.setattr(gathered_lists, "CPU_SLAB_BYTES", 4096)
+    runs = [run for run in gathered_lists.runs(q, sparse, 0.0, backward=True) if run.kind == "all"]
+    assert {run.rows for run in runs} == {1}
+    found = torch.autograd.grad(block_sparse_attention(*inputs, sparse).square().sum(), inputs)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_the_gathered_lists_are_one_operator_to_torch():
     q, k, v, sparse = case(CAUSAL, length=54, batch=1)
     inputs = [t.requires_grad_() for t in (q, k, v)]

@@ -71,5 +71,9 @@ def test_gradients_of_gradients_only_where_they_are_right():
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: twice(x, 3)[0], x)
     (dx,) = torch.autograd.grad(once(x, 3)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first order"):
         dx.sum().backward()
+    # torch's own `once_differentiable` would not see it here.
+    (dx,) = torch.autograd.grad(once(x, 3)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first order"):
+        dx.square().sum().backward()
