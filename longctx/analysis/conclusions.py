@@ -127,7 +127,7 @@ def _growing(winner: Growth, found: Sequence[Growth], base: str) -> str | None:
             text = "Most of its times are those of launching kernels, so they do not say how it grows"
             return text + (f"; add {_listed(winner.missing)}." if winner.missing else ".")
         return None
-    text = f"Its time grows as {_exponent(winner.time)}"
+    text = f"The time of {winner.curve.block} grows as {_exponent(winner.time)}"
     if dense and dense is not winner and dense.time:
         text += f", {base}'s as {_exponent(dense.time)}"
     if not winner.time.is_law:

@@ -18,6 +18,8 @@ REACH = 8
 """An extrapolation goes no further than this many times the longest length."""
 LEVEL = 0.02
 """Without rounds to tell, a difference below this share is none."""
+NEAR = 0.10
+"""What noise hides is called level up to this share."""
 DRAWS = 400
 
 
@@ -26,7 +28,8 @@ class Crossover:
     """Where the times of curves `a` and `b` cross. Lengths in tokens, all None where they do not.
 
     verdict: `crosses` inside the range, `extrapolated` beyond it, `below` (a faster at every length that is not
-    `untold`), `above` (slower at all of those), `level` (no length tells them apart), `none` (no length in common).
+    `untold`), `above` (slower at all of those), `level` (no length tells them apart, nor are they far apart), `noisy`
+    (no length tells them apart, for its noise), `none` (no length in common).
     faster_after: whether a is the faster one past the crossing. low, high: 95% interval, None for an end that nothing
     bounds.
     """
@@ -81,7 +84,8 @@ def crossover(a: Growth, b: Growth) -> Crossover:
     told = [i for i, sign in enumerate(signs) if sign]
     names["untold"] = tuple(t for t, sign in zip(lengths, signs, strict=True) if not sign)
     if not told:
-        return Crossover(**names, verdict="level")
+        near = all(abs(value) <= math.log1p(NEAR) for _, value in points)
+        return Crossover(**names, verdict="level" if near else "noisy")
     changes = [(i, j) for i, j in pairwise(told) if signs[i] != signs[j]]
     if changes:
         at, low, high = _inside(points, changes[-1], half)

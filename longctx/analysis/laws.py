@@ -80,6 +80,8 @@ def _word(low: float, high: float) -> str:
     for target, name in ((0.0, "constant"), (1.0, "linear"), (2.0, "quadratic")):
         if target - 0.15 <= low and high <= target + 0.15:
             return name
+    if high < 0:
+        return "falling"
     if high < 1:
         return "sublinear"
     if low > 2:

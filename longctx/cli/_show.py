@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,7 +56,12 @@ def tail(console: Console, view: Any, command: str) -> None:
 
     console.print()
     if not view.complete and view.finished.reason:
-        console.print(Text(f"not complete: {fmt.plain(view.finished.reason)}", style="yellow"), soft_wrap=True)
+        missing = len(view.cells) - view.rows
+        left = f", {missing} of {len(view.cells)} cells not measured" if missing > 0 else ""
+        console.print(Text(f"not complete: {fmt.plain(view.finished.reason)}{left}", style="yellow"), soft_wrap=True)
+        if view.path:
+            again = f"{command} --output-file {shlex.quote(view.path)} --resume"
+            console.print(Text(f"go on:     {fmt.plain(again)}"), soft_wrap=True)
     if view.path:
         console.print(Text(f"results:   {fmt.plain(view.path)}"), soft_wrap=True)
     console.print(Text(f"reproduce: {fmt.plain(command)}"), soft_wrap=True)

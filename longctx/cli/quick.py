@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -90,11 +91,14 @@ def quick(
     if json:
         print_json([result.to_json() for result in results])
     else:
-        _show(results, view.environment, view.path, quiet=quiet, blocks=names)
+        usual = BenchmarkConfig()
+        alike = {name: getattr(usual, name) for name in ("sequence_lengths", *common, "output_file")}
+        sweep = command_line("sweep", replace(config, **alike), names, defaults=usual, vary=vary)
+        _show(results, view.environment, view.path, following=None if quiet else sweep)
     raise typer.Exit(exit_code(results, strict=strict, complete=view.complete))
 
 
-def _show(results: list, environment: dict, path: str | None, *, quiet: bool, blocks: list[str]) -> None:
+def _show(results: list, environment: dict, path: str | None, *, following: str | None) -> None:
     from rich.text import Text
 
     from longctx.analysis.conclusions import conclude_modes
@@ -118,6 +122,5 @@ def _show(results: list, environment: dict, path: str | None, *, quiet: bool, bl
         console.print(said)
     if path:
         console.print(Text(f"results: {fmt.plain(path)}"), soft_wrap=True)
-    if not quiet:
-        words = f" --blocks {' '.join(blocks)}" if blocks else ""
-        console.print(Text(f"next: longctx sweep{words}   (how it scales with length)"), soft_wrap=True)
+    if following and any(result.ok for result in results):
+        console.print(Text(f"next: {fmt.plain(following)}   (how it scales with length)"), soft_wrap=True)

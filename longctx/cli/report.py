@@ -127,7 +127,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
         sections = [
             line if line.plain else None,
             mode_tables(rows, width, ascii_only=ascii_),
-            _headed("Fastest first, time against Dense", ranking_lines(rows, width, ascii_only=ascii_)),
+            _ranked(ranking_lines(rows, width, ascii_only=ascii_)),
             *(_headed(title, body) for title, body in derived),
             _roofline(rows, width, ascii_only=ascii_),
             notes(rows, ascii_only=ascii_),
@@ -187,6 +187,11 @@ def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> 
 
 def _environment(rows: Sequence[BenchmarkResult]) -> dict[str, Any]:
     return next((row.environment for row in rows if isinstance(row.environment, dict) and row.environment), {})
+
+
+def _ranked(lines: Text) -> Any:
+    against = "x" in lines.plain  # ratios, where there is Dense
+    return _headed("Fastest first, time against Dense" if against else "Fastest first", lines)
 
 
 def _headed(title: str, body: Text) -> Text | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longctx.cli import options
+from longctx.errors import MissingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +68,9 @@ def sysinfo(
     else:
         host = describe_host(window_s=0.5)
         devices, failure = probe()
+    if device.startswith("cuda") and not any(each.get("gpu") for each in devices):
+        why = f"device {device!r} was asked for, but torch finds no usable NVIDIA GPU"
+        raise MissingError(why, "`longctx sysinfo` without --device says what it finds")
     versions = {"longctx": _version("longctx"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     checks = check_environment(host, devices, versions, results_dir=results_dir, torch_failure=failure)

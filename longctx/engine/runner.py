@@ -87,10 +87,14 @@ class Sweep(Preparation):
                 self.file, earlier = ResultsFile.open(path, resume=self.config.resume, force=self.config.force)
                 self.earlier = {(result.key, result.block_name): result for result in earlier}
             stack.callback(self.close)
+            if self.config.resume and self.config.output_file is None:
+                self.emit(Notice(text="nothing to resume: without --output-file a new file is begun", level="warning"))
             return self._run(stack)
 
     def _run(self, stack: contextlib.ExitStack) -> list[BenchmarkResult]:
         self._look(stack)
+        if self.config.cuda_graph and not self.environment.get("gpu"):
+            self.emit(Notice(text="--cuda-graph is for GPUs: calls are timed as they are", level="warning"))
         self.judge = Judge(self.environment, self._measure_peaks)
         self._say_started()
         try:

@@ -39,7 +39,7 @@ def _console(stream: TextIO, *, stderr: bool) -> Console:
     if not terminal:
         columns = os.environ.get("COLUMNS", "")
         width = int(columns) if columns.isdigit() and int(columns) > 0 else PIPE_WIDTH
-    return Console(
+    return _Console(
         stderr=stderr,
         force_terminal=terminal,
         force_interactive=terminal and not dumb and not os.environ.get("CI"),
@@ -52,6 +52,12 @@ def _console(stream: TextIO, *, stderr: bool) -> Console:
         emoji=False,
         soft_wrap=False,
     )
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that went away to the command, which knows the exit code; Rich would end it with 1."""
+        raise BrokenPipeError
 
 
 def _isatty(stream: TextIO) -> bool:

@@ -109,6 +109,8 @@ def crossing_line(crossing: Crossover) -> str:
     span_ = _measured(crossing)
     if crossing.verdict == "level":
         return f"{a}: level with {b} at every length, {span_}"
+    if crossing.verdict == "noisy":
+        return f"{a}: too noisy to tell from {b} at any length, {span_}"
     if crossing.verdict == "below":
         text = f"{a}: always below {b}, {span_}"
         if crossing.untold:

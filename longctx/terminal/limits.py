@@ -18,7 +18,7 @@ from longctx.terminal import format as fmt
 from longctx.terminal.findings import exponent, kind, law_document, lined, summary_text
 from longctx.terminal.layout import Column, layout
 from longctx.terminal.live import LiveView, PlainView, SweepView
-from longctx.terminal.tables import status_word
+from longctx.terminal.tables import notes, status_word
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,13 +115,14 @@ class LiveLimits(LiveView):
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """What was found in one mode: heading, table of frontiers, table of what other cards would hold, lines on why each
-    search ended, and sentences."""
+    search ended, sentences, and the rows that it was read from."""
 
     head: str
     table: list[Column]
     cards: list[Column]
     ends: list[str]
     sentences: list[str]
+    rows: Sequence[BenchmarkResult]
 
 
 def limits_parts(results: Sequence[BenchmarkResult]) -> list[Part]:
@@ -139,6 +140,7 @@ def _part(results: Sequence[BenchmarkResult]) -> Part:
         cards=_card_columns(found, axes) if held else [],
         ends=[line for f in found if (line := _end(f, results))],
         sentences=sentences(found),
+        rows=results,
     )
 
 
@@ -156,6 +158,8 @@ def limits_text(results: Sequence[BenchmarkResult], width: int, *, ascii_only: b
             text.append("\n").append_text(layout(part.cards, width, ascii_only=ascii_only))
         if part.ends:
             text.append("\n\n").append_text(lined(part.ends, width, ascii_only=ascii_only))
+        if len(said := notes([row for row in part.rows if row.ok], ascii_only=ascii_only)):
+            text.append("\n\n").append_text(said)
         if part.sentences:
             said = summary_text(part.sentences, width, ascii_only=ascii_only)
             said.stylize("bold")
@@ -271,6 +275,10 @@ def _sentence(found: Sequence[Frontier]) -> str:
     best = mixing[0]
     level = [f.block for f in mixing[1:] if f.fits >= 0.95 * best.fits]
     open_ended = best.limit in ("time", "length", "unfinished") or not best.finished
+    if dense and open_ended and dense.fits >= best.fits:
+        # Nothing was told apart.
+        names = [fmt.plain(each) for each in dict.fromkeys([best.block, *level, dense.block])]
+        return f"{', '.join(names[:-1])} and {names[-1]} go to at least {best.fits:,} tokens each."
     text = f"{fmt.plain(best.block)} goes {'furthest, ' if len(mixing) > 1 else ''}to "
     text += f"{'at least ' if open_ended else ''}{best.fits:,} tokens"
     if level:

@@ -72,6 +72,18 @@ def test_always_and_level():
     assert crossing(lambda t: 1e-7 * t, lambda t: 1e-7 * t * 1.001, noise=0.02).verdict == "level"
 
 
+def test_blocks_far_apart_are_not_level_for_their_noise():
+    run = []
+    for length in (1024, 8192):
+        for name, times in (("A", (0.7, 3.0, 1.9)), ("Dense", (1.0, 1.0, 1.0))):
+            samples = [[time] for time in times]
+            fields = {"samples": samples, "forward_time_median": sorted(times)[1]}
+            run.append(BenchmarkResult(block_name=name, sequence_length=length, **fields))
+    found = crossover(*growths(curves(run)))
+    assert found.verdict == "noisy"
+    assert crossing_line(found) == "A: too noisy to tell from Dense at any length, 1K to 8K"
+
+
 def test_a_length_that_noise_hides_is_not_claimed():
     # Three rounds that agree at long lengths, and at short ones not even on who is faster.
     run = []

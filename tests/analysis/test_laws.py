@@ -92,6 +92,7 @@ def law(low, high):
         (1.2, 1.6, "between"),
         (0.4, 0.6, "sublinear"),
         (-0.1, 0.1, "constant"),
+        (-0.8, -0.6, "falling"),
         (2.3, 2.5, "above quadratic"),
         (0.7, 1.2, "about linear"),
         (1.7, 2.2, "about quadratic"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from made_records import row, write
 
 from longctx.cli.command import Interrupted, spread
 from longctx.errors import MissingError, UsageError
@@ -227,6 +228,17 @@ def test_a_closed_pipe_leaves_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=environment)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_a_reader_that_goes_away_from_a_table_is_no_failure(tmp_path) -> None:
+    rows = [row(f"block{i}", 1024 * n, float(i)) for i in range(1, 60) for n in (1, 2, 4, 8)]
+    write(tmp_path / "run.json", [each.to_json() for each in rows])
+    environment = dict(os.environ, PYTHON=sys.executable)
+    line = f'"$PYTHON" -m longctx report {tmp_path}/run.json | head -n 1 >/dev/null; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=environment)
+    # Or all was written before the reader went.
+    assert done.stdout.strip() in ("141", "0")
+    assert done.stderr == ""
 
 
 def test_sigterm_ends_in_143_with_the_terminal_put_back() -> None:

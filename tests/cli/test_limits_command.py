@@ -10,6 +10,7 @@ import pytest
 from longctx.config import BenchmarkConfig, parse_blocks
 from longctx.events import CellFinished, CellStarted, SweepFinished, SweepStarted
 from longctx.results import BenchmarkResult
+from longctx.terminal.limits import limits_text
 
 
 def rows_of(name, longest, end):
@@ -110,6 +111,20 @@ def test_nothing_that_fits_is_a_failed_check(search, call):
     done = call("limits")
     assert done.exit_code == 3 and "failed" in done.stdout
     assert call("limits", "--max-length", "many").exit_code == 2
+
+
+def test_blocks_that_all_reach_the_end_of_the_search_are_named_alike():
+    rows = [row for name in ("Dense", "BLADE", "DPASSM") for row in rows_of(name, 4096, "ok")[:3]]
+    for row in rows:
+        row.config["limits"]["max_length"] = 4096
+    said = limits_text(rows, 100).plain
+    assert said.endswith("BLADE, DPASSM and Dense go to at least 4,096 tokens each.")
+
+
+def test_warnings_of_the_lengths_stand_under_the_table():
+    rows = rows_of("BLADE", 4096, "oom")
+    rows[1].warnings = ["memory_grows"]
+    assert "memory_grows: BLADE at 2K (every call leaves memory behind" in limits_text(rows, 100).plain
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (50, 10)])

@@ -93,6 +93,10 @@ def test_the_document_and_the_page(call, monkeypatch: pytest.MonkeyPatch, tmp_pa
     document = json.loads(result.stdout)
     assert document["devices"] == facts
     assert {line["level"] for line in document["checks"]} <= {"ok", "warning", "problem"}
+    assert call("sysinfo", "--device", "cuda").exit_code == 0
+    monkeypatch.setattr(module, "probe", lambda: (facts[:1], None))
+    assert call("sysinfo", "--device", "cuda").exit_code == 5
+    monkeypatch.setattr(module, "probe", lambda: (facts, None))
     page = call("sysinfo", "--results-dir", str(tmp_path), COLUMNS="50").stdout
     assert "Environment check" in page
     assert "A GPU" in page
