@@ -91,6 +91,13 @@ class Command(TyperCommand):
                     return parameter.shell_complete(ctx, incomplete)
         return super().shell_complete(ctx, incomplete)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        # Here, as Rich is slow to load.
+        from longctx.cli._help import whole_names
+
+        with whole_names():
+            super().format_help(ctx, formatter)
+
     def _list_options(self) -> set[str]:
         return {
             name
@@ -145,6 +152,12 @@ class Program(TyperGroup):
         except KeyboardInterrupt as error:
             _say("interrupted", "", None)
             raise typer.Exit(interrupt_exit_code(error)) from error
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from longctx.cli._help import whole_names
+
+        with whole_names():
+            super().format_help(ctx, formatter)
 
     @staticmethod
     def _usage_error(error: Any) -> int:

@@ -10,9 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from made_records import row, write
+from rich.table import Table
 
 from longctx.cli.command import Interrupted, spread
+from longctx.cli.main import build
 from longctx.errors import MissingError, UsageError
 
 LISTS = {"--blocks", "--sequence-lengths"}
@@ -158,6 +161,27 @@ def test_help_leads_with_examples(call) -> None:
         page = plain(call(command, "--help").stdout)
         assert page.index(f"longctx {command}") < page.index("--json")
     assert "comprehensive" not in text
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_help_never_cuts_the_name_of_an_option(call, columns: int) -> None:
+    program = typer.main.get_command(build())
+    for words, command in [([], program), *(([name], each) for name, each in program.commands.items())]:
+        page = plain(call(*words, "--help", COLUMNS=str(columns)).stdout)
+        assert max(map(len, page.splitlines())) <= columns
+        shown = [each for each in command.params if not getattr(each, "hidden", False)]
+        names = {name for each in shown for name in (*each.opts, *each.secondary_opts) if name.startswith("--")}
+        # Examples and texts hold names too: only those count that begin a row, or follow another name there.
+        row = r"(?m)^│ +(?:--[\w-]+ +)*{}(?= )"
+        cut = {name for name in names | {"--help"} if not re.search(row.format(name), page)}
+        assert not cut, (words, cut)
+
+
+def test_a_terminal_with_room_has_the_page_as_typer_makes_it(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = call("sweep", "--help", COLUMNS="120").stdout
+    monkeypatch.setattr("longctx.cli._help.HelpTable", Table)
+    assert call("sweep", "--help", COLUMNS="120").stdout == ours
+    assert "…" not in ours
 
 
 def test_version(call) -> None:
