@@ -18,6 +18,8 @@ from longctx.errors import LongctxError
 
 DEBUG = "LONGCTX_DEBUG"
 BUG = 1
+# What Typer says of a wrong command line. It has had a public name since 0.28.
+TYPER_ERROR = getattr(typer, "TyperException", None) or typer.BadParameter.__mro__[-4]
 CLOSED_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 
@@ -137,7 +139,7 @@ class Program(TyperGroup):
         except typer.Abort:
             _say("error", "stopped", None)
             return BUG
-        except typer.TyperException as error:
+        except TYPER_ERROR as error:
             return self._usage_error(error)
         except Exception as error:
             return _bug(error)

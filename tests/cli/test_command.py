@@ -14,7 +14,7 @@ import typer
 from made_records import row, write
 from rich.table import Table
 
-from longctx.cli.command import Interrupted, spread
+from longctx.cli.command import TYPER_ERROR, Interrupted, spread
 from longctx.cli.main import build
 from longctx.errors import MissingError, UsageError
 
@@ -244,6 +244,10 @@ def test_completion_offers_blocks_after_the_first_too_and_loads_no_torch() -> No
     done = run(code=code, env=environment)
     assert "LIGHT" in done.stdout
     assert "blADE" in done.stdout
+
+
+def test_what_typer_raises_is_known_under_its_older_name_too() -> None:
+    assert typer.BadParameter.__mro__[-4] is TYPER_ERROR
 
 
 def test_a_closed_pipe_leaves_no_traceback() -> None:
