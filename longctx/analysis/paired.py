@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longctx.analysis.settings import in_words, varying
+from longctx.analysis.settings import in_words, setting, varying
 from longctx.analysis.statistics import median_ci95, positive
 from longctx.config import AGAINST_ROUNDS
 from longctx.results import BenchmarkResult
@@ -80,6 +80,19 @@ def judge(ours: BenchmarkResult, theirs: BenchmarkResult, *, guard: float | None
     else:
         outcome = Paired(verdict="not ok", reason=f"{failed.block_name} is {failed.status}", guard=guard)
     return PairedCell(ours=ours, theirs=theirs, outcome=outcome)
+
+
+def judge_saved(results: Sequence[BenchmarkResult]) -> list[PairedCell]:
+    """The verdict on every pair in the file of a sweep with --against; none in any other."""
+    by_place = {(row.block_name, setting(row), row.sequence_length): row for row in results}
+    cells = []
+    for row in results:
+        asked = row.config.get("against") if isinstance(row.config, Mapping) else None
+        if isinstance(asked, Mapping) and asked.get("opponent"):
+            theirs = by_place.get((asked["opponent"], setting(row), row.sequence_length))
+            if theirs is not None:
+                cells.append(judge(row, theirs, guard=positive(asked.get("guard"))))
+    return cells
 
 
 def judge_samples(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, guard: float) -> Paired:

@@ -12,6 +12,8 @@ from longctx.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rich.console import Console
+
     from longctx.analysis.paired import PairedCell
     from longctx.engine.run_against import Pair
     from longctx.events import Event
@@ -91,18 +93,28 @@ def code_of(
 
 
 def _show(results: list[BenchmarkResult], cells: list[PairedCell], view: SweepView, command: str) -> None:
+    from longctx.cli._show import tail
+    from longctx.terminal.console import result_console
+
+    console = result_console()
+    show_pairs(console, results, cells, view.environment)
+    tail(console, view, command)
+
+
+def show_pairs(
+    console: Console, results: Sequence[BenchmarkResult], cells: Sequence[PairedCell], environment: Mapping[str, Any]
+) -> None:
+    """Environment, the table of verdicts, why some are none, warnings, and what it comes to."""
     from rich.text import Text
 
     from longctx.analysis.paired import sentence
-    from longctx.cli._show import tail
     from longctx.terminal import format as fmt
     from longctx.terminal.against import paired_table, reasons
-    from longctx.terminal.console import ascii_only, result_console
+    from longctx.terminal.console import ascii_only
     from longctx.terminal.tables import environment_line, notes, one_dtype
 
-    console = result_console()
     plain = ascii_only(console)
-    console.print(environment_line(view.environment, one_dtype(results)))
+    console.print(environment_line(environment, one_dtype(results)))
     if cells:
         console.print()
         console.print(paired_table(cells, console.width, ascii_only=plain))
@@ -114,4 +126,3 @@ def _show(results: list[BenchmarkResult], cells: list[PairedCell], view: SweepVi
     if cells:
         console.print()
         console.print(Text(fmt.plain(sentence(cells)), style="bold"))
-    tail(console, view, command)

@@ -67,6 +67,7 @@ def report(
 
 def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
     """One document: an object a run with its label, results, and what was derived from them."""
+    from longctx.analysis.paired import judge_saved
     from longctx.terminal.export import document
     from longctx.terminal.limits import limits_document
 
@@ -74,6 +75,7 @@ def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, st
         {
             "run": label,
             **(limits_document(rows) if _of_limits(rows) else document(rows, crossovers=crossings(rows, pair))),
+            **({"paired": [cell.to_json() for cell in pairs]} if (pairs := judge_saved(rows)) else {}),
         }
         for label, rows in runs.items()
     ]
@@ -99,6 +101,8 @@ def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str
 def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> None:
     """Tables, rankings, growth, crossovers, best blocks, problems and a summary of every run on standard output."""
     from longctx.analysis.conclusions import conclude_modes
+    from longctx.analysis.paired import judge_saved
+    from longctx.cli._against import show_pairs
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.findings import sections as findings
     from longctx.terminal.findings import summary
@@ -117,6 +121,9 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             console.print(environment_line(_environment(rows), one_dtype(rows)))
             console.print()
             console.print(limits_text(rows, width, ascii_only=ascii_))
+            continue
+        if pairs := judge_saved(rows):
+            show_pairs(console, rows, pairs, _environment(rows))
             continue
         line, modes = environment_line(_environment(rows), one_dtype(rows)), conclude_modes(rows)
         asked = crossings(rows, pair)

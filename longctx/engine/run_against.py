@@ -240,6 +240,12 @@ class _PairedSweep(Sweep):
 
     # -- what is measured ---------------------------------------------------------------------------------------
 
+    def _new_row(self, cell: Cell) -> BenchmarkResult:
+        row = super()._new_row(cell)
+        opponent = self.opponents.get(cell.block)
+        row.config["against"] = {"opponent": opponent and opponent.name, "guard": self.guard}
+        return row
+
     def _circumstances(self, cell: Cell) -> dict[str, Any]:
         """Samples taken in turns are told from others, and go with those of one opponent only."""
         ours = next(ours for ours, other in self.opponents.items() if cell.block in (ours, other))

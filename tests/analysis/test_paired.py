@@ -9,7 +9,7 @@ import statistics
 
 import pytest
 
-from longctx.analysis.paired import GUARD, PairedCell, interval, judge, judge_samples, sentence
+from longctx.analysis.paired import GUARD, PairedCell, interval, judge, judge_samples, judge_saved, sentence
 from longctx.results import BenchmarkResult
 
 CPU = GUARD["cpu"]
@@ -199,3 +199,14 @@ def test_the_machine_of_the_simulation_is_a_hard_one():
         rounds = zip(simulate(seed, 1.0)[0], simulate(seed + 1000, 1.0)[0], strict=True)
         apart += [abs(math.log(statistics.median(a) / statistics.median(b))) for a, b in rounds]
     assert statistics.median(apart) > 0.1
+
+
+def test_a_saved_run_knows_its_pairs_and_its_guard():
+    slow = [[1.02] * 4] * 5
+    ours = row("New", samples=slow, config={"against": {"opponent": "Old", "guard": 0.01}})
+    theirs = row("Old", config={"against": {"opponent": None, "guard": 0.01}})
+    (cell,) = judge_saved([theirs, ours])
+    assert (cell.ours, cell.theirs, cell.outcome.verdict) == (ours, theirs, "slower")
+    ours.config["against"]["guard"] = None
+    assert judge_saved([ours, theirs])[0].outcome.verdict == "same"
+    assert judge_saved([ours]) == judge_saved([row("New"), row("Old")]) == []

@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+from made_records import write
 
 from longctx.analysis.paired import judge
 from longctx.cli._against import code_of
@@ -164,6 +165,18 @@ def test_exit_codes(call, sides, ratios, statuses, words, code):
     sides.ratios, sides.statuses = ratios, statuses
     shared = ["--blocks", "BLADE", "--against", "old", "--sequence-lengths", "1K", "2K", "--quiet"]
     assert call("sweep", *shared, *words).exit_code == code
+
+
+def test_report_shows_the_verdicts_of_a_saved_run_again(call, tmp_path):
+    cell = Cell(block=parse_blocks(["BLADE"])[0], length=1024)
+    pair = [row(cell, "BLADE", ratios=[1.1, 1.11, 1.09, 1.1, 1.12]), row(cell, "Dense")]
+    for each, opponent in zip(pair, ("Dense", None), strict=True):
+        each.config = {"against": {"opponent": opponent, "guard": None}}
+    write(tmp_path / "run.json", [each.to_json() for each in pair])
+    shown = call("report", str(tmp_path / "run.json")).stdout
+    assert "slower" in shown and "fastest mixing block" not in shown
+    (run,) = json.loads(call("report", str(tmp_path / "run.json"), "--json").stdout)["runs"]
+    assert [each["verdict"] for each in run["paired"]] == ["slower"]
 
 
 def test_a_sweep_that_ended_before_any_pair_was_measured_is_no_success():
