@@ -221,7 +221,8 @@ def _measure_cpu(
         allocated_bytes=allocated,
         total_bytes=held_bytes + peak,
         first_call_s=first_call_s,
-        grows=_grows(call, level_now, levels, CPU_AGREEMENT_BYTES // 2),
+        # A slow call is not made again to find out.
+        grows=len(peaks) > 1 and _grows(call, level_now, levels, CPU_AGREEMENT_BYTES // 2),
     )
 
 
