@@ -75,11 +75,9 @@ def main() -> None:
 
     orders = (json.loads(line) for line in jobs)
     session = Session(start["config"], emit, orders=orders, beside=start.get("beside"))
-    measured = 0
     for job in orders:
         session.run(job)
-        measured += job["job"] == "measure"
-        if measured == 1 and job["job"] == "measure":
+        if job["job"] == "measure" and not gc.get_freeze_count():
             _set_aside()
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops.blade_chain import ChainWeights
+from longctx.ops.blade_training_layout import GRAPH_CHUNKS
 from longctx.ops.cuda_graphs import capture
 
 try:
@@ -213,7 +214,8 @@ def _pieces(count: int) -> list[slice]:
     start, slices = 0, []
     while start < count:
         left = count - start
-        size = min(MOST_CHUNKS, left // 8 * 8 if left >= 8 else 1 << (left.bit_length() - 1))
+        whole = left // GRAPH_CHUNKS * GRAPH_CHUNKS
+        size = min(MOST_CHUNKS, whole or 1 << (left.bit_length() - 1))
         slices.append(slice(start, start + size))
         start += size
     return slices

@@ -6,7 +6,7 @@ b block_size, n query blocks, L blocks in a list, r random blocks, W blocks in a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse,
     """
     if fused(q, k, v, sparse):
         return kernel.list_attention(q, k, v, sparse, dropout)
-    pattern, complete = sparse.pattern, sparse.complete
-    numbers = (pattern.num_global_blocks, pattern.num_window_blocks, pattern.block_size, pattern.causal)
-    numbers += (complete.start, complete.stop, sparse.start, sparse.length, float(dropout))
-    return _listed(q, k, v, sparse.plan, *numbers, new_seed(dropout))
+    return _listed(q, k, v, sparse.plan, _numbers(sparse), float(dropout), new_seed(dropout))
 
 
 def packed_block_sparse_attention(qkv: Tensor, n_heads: int, sparse: BlockSparse, *, dropout: float = 0.0) -> Tensor:
@@ -73,19 +70,12 @@ def _forward(
     k: Tensor,
     v: Tensor,
     plan: Tensor,
-    num_globals: int,
-    window: int,
-    size: int,
-    causal: bool,
-    complete: int,
-    complete_end: int,
-    start: int,
-    length: int,
+    numbers: Sequence[int],
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """As `block_sparse_attention`. complete, complete_end: of `BlockSparse.complete`. seed: of dropout."""
-    sparse = _sparse(plan, num_globals, window, size, causal, complete, complete_end, start, length)
+    """As `block_sparse_attention`. numbers: as `_numbers` gives them. seed: of dropout."""
+    sparse = _sparse(plan, numbers)
     k, v = k.contiguous(), v.contiguous()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     generator = _generator(q, seed)
@@ -105,19 +95,12 @@ def _backward(
     k: Tensor,
     v: Tensor,
     plan: Tensor,
-    num_globals: int,
-    window: int,
-    size: int,
-    causal: bool,
-    complete: int,
-    complete_end: int,
-    start: int,
-    length: int,
+    numbers: Sequence[int],
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, by lists that are gathered once more."""
-    sparse = _sparse(plan, num_globals, window, size, causal, complete, complete_end, start, length)
+    sparse = _sparse(plan, numbers)
     k, v = k.contiguous(), v.contiguous()
     total_type = torch.promote_types(q.dtype, torch.float32)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -135,24 +118,21 @@ def _backward(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _sparse(
-    plan: Tensor,
-    num_globals: int,
-    window: int,
-    size: int,
-    causal: bool,
-    complete: int,
-    complete_end: int,
-    start: int,
-    length: int,
-) -> BlockSparse:
-    """What a schema has no type for."""
+def _numbers(sparse: BlockSparse) -> list[int]:
+    """All of it but the plan: a schema has no type for more than numbers. `_sparse` reads them."""
+    pattern, complete = sparse.pattern, sparse.complete
+    found = [pattern.block_size, pattern.num_window_blocks, pattern.num_global_blocks, int(pattern.causal)]
+    return [*found, complete.start, complete.stop, sparse.start, sparse.length]
+
+
+def _sparse(plan: Tensor, numbers: Sequence[int]) -> BlockSparse:
+    size, window, num_globals, causal, complete, complete_end, start, length = numbers
     pattern = BlockPattern(
         block_size=size,
         num_window_blocks=window,
         num_random_blocks=plan.shape[2],
         num_global_blocks=num_globals,
-        causal=causal,
+        causal=bool(causal),
     )
     complete_blocks = range(complete, complete_end)
     return BlockSparse(pattern=pattern, plan=plan, complete=complete_blocks, start=start, length=length)
@@ -172,13 +152,13 @@ def _backward_shapes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, plan, *ctx.numbers, seed = inputs
+    q, k, v, plan, ctx.numbers, ctx.dropout, seed = inputs
     ctx.save_for_backward(q, k, v, plan, seed)
 
 
 def _gradients(run: Callable[..., tuple[Tensor, ...]], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
-    return *run(grad, *tensors, *ctx.numbers, seed), *(None,) * 11
+    return *run(grad, *tensors, ctx.numbers, ctx.dropout, seed), None, None, None, None
 
 
 _listed = differentiable(

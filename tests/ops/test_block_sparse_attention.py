@@ -10,7 +10,7 @@ import torch
 from longctx.errors import UsageError
 from longctx.ops import gathered_lists
 from longctx.ops.block_plan import BlockPattern, check_plan, draw_random_blocks, transposed_plan, visible_blocks
-from longctx.ops.block_sparse_attention import BlockSparse, block_sparse_attention
+from longctx.ops.block_sparse_attention import BlockSparse, _numbers, block_sparse_attention
 
 CAUSAL = BlockPattern(block_size=4, num_window_blocks=3, num_random_blocks=3, num_global_blocks=2, causal=True)
 BOTH = dataclasses.replace(CAUSAL, causal=False)
@@ -271,20 +271,11 @@ def test_rows_that_see_every_key_are_cut_where_they_are_too_many(monkeypatch):
 def test_the_gathered_lists_are_one_operator_to_torch():
     q, k, v, sparse = case(CAUSAL, length=54, batch=1)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    numbers = (
-        CAUSAL.num_global_blocks,
-        CAUSAL.num_window_blocks,
-        CAUSAL.block_size,
-        True,
-        sparse.complete.start,
-        sparse.complete.stop,
-        0,
-        54,
-    )
+    numbers = _numbers(sparse)
     op = torch.ops.longctx.block_sparse_attention.default
     # What dropout draws is compared by the seed; the same operator twice is not.
-    torch.library.opcheck(op, (*inputs, sparse.plan, *numbers, 0.3, torch.tensor(7)))
-    torch.library.opcheck(op, (*inputs, sparse.plan, *numbers, 0.0, None))
+    torch.library.opcheck(op, (*inputs, sparse.plan, numbers, 0.3, torch.tensor(7)))
+    torch.library.opcheck(op, (*inputs, sparse.plan, numbers, 0.0, None))
     compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="aot_eager")
     for dropout in (0.0, 0.3):
         results = []
