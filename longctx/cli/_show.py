@@ -19,7 +19,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     from longctx.analysis.x_axis import natural_x
     from longctx.terminal.console import ascii_only
     from longctx.terminal.findings import short_form
-    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranking_lines
+    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranked_by_ratio, ranking_lines
 
     plain = ascii_only(console)
     console.print(environment_line(environment, one_dtype(results)))
@@ -41,7 +41,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
         console.print()
         base = "time over Dense's, the median of same-round ratios"
-        console.print(Text(f"Fastest first, {base}:" if "x" in ranking.plain else "Fastest first:", style="bold"))
+        console.print(Text(f"Fastest first, {base}:" if ranked_by_ratio(results) else "Fastest first:", style="bold"))
         console.print(ranking)
     if len(said := short_form(results, console.width, ascii_only=plain)):
         console.print()

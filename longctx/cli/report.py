@@ -108,7 +108,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
     from longctx.terminal.findings import summary
     from longctx.terminal.format import plain
     from longctx.terminal.limits import limits_text
-    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranking_lines
+    from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranked_by_ratio, ranking_lines
 
     console = result_console()
     ascii_, width = ascii_only(console), console.width
@@ -134,7 +134,10 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
         sections = [
             line if line.plain else None,
             mode_tables(rows, width, ascii_only=ascii_),
-            _ranked(ranking_lines(rows, width, ascii_only=ascii_)),
+            _headed(
+                "Fastest first, time against Dense" if ranked_by_ratio(rows) else "Fastest first",
+                ranking_lines(rows, width, ascii_only=ascii_),
+            ),
             *(_headed(title, body) for title, body in derived),
             _roofline(rows, width, ascii_only=ascii_),
             notes(rows, ascii_only=ascii_),
@@ -194,11 +197,6 @@ def crossings(rows: Sequence[BenchmarkResult], pair: tuple[str, str] | None) -> 
 
 def _environment(rows: Sequence[BenchmarkResult]) -> dict[str, Any]:
     return next((row.environment for row in rows if isinstance(row.environment, dict) and row.environment), {})
-
-
-def _ranked(lines: Text) -> Any:
-    against = "x" in lines.plain  # ratios, where there is Dense
-    return _headed("Fastest first, time against Dense" if against else "Fastest first", lines)
 
 
 def _headed(title: str, body: Text) -> Text | None:

@@ -255,6 +255,11 @@ def _lengths(lengths: Iterable[int]) -> str:
     return ", ".join(fmt.tokens(length) for length in dict.fromkeys(lengths))
 
 
+def ranked_by_ratio(results: Sequence[BenchmarkResult]) -> bool:
+    """Whether `ranking_lines` has Dense to give times over."""
+    return any(row.ratio for group in rankings(results) for row in group.rows)
+
+
 def ranking_lines(results: Sequence[BenchmarkResult], width: int, *, ascii_only: bool = False) -> Text:
     """One entry a length, under each setting: blocks fastest first, each with its time over Dense's (or its time where
     there is none)."""

@@ -113,6 +113,12 @@ def test_report_shows_tables_slopes_and_failures(longctx, saved):
     assert "\x1b" not in out
 
 
+def test_a_name_is_not_taken_for_a_ratio(longctx, tmp_path):
+    path = write(tmp_path / "run.json", [row for row in rows(name="Mixer") if row.block_name != "Dense"])
+    _, out, _ = longctx("report", path)
+    assert "Fastest first\n" in out and "against Dense" not in out
+
+
 @pytest.mark.parametrize("columns", [120, 80, 50])
 def test_report_fits_the_terminal(longctx, saved, columns):
     _, out, _ = longctx("report", saved, columns=columns)
