@@ -12,7 +12,7 @@ W window_size, N state_dim.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
-from longctx.ops.projections import project_into
+from longctx.ops.projections import joined, lay_together, project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
 try:
@@ -122,6 +122,22 @@ class DPASSMBlock(PreNormBlock):
         self.ssm_out = nn.Linear(state_dim, d_model, bias=False, **factory)
         self.gate_proj = nn.Linear(d_model, d_model, **factory)
         self._decoder = Decoder(window_size, 1, 0)
+        lay_together(*self._entering)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DPASSMBlock:
+        # Moves and conversions give every weight a memory of its own.
+        super()._apply(fn, recurse)
+        lay_together(*self._entering)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        lay_together(*self._entering)
+
+    @property
+    def _entering(self) -> tuple[nn.Parameter, ...]:
+        """The weights of what is read from the norm, which one product does in inference."""
+        return self.qkv_proj.weight, self.gate_proj.weight, self.ssm_in.weight
 
     def init_state(self, batch_size: int, s: Tensor | None = None) -> DPASSMState:
         """The state at the start of a sequence; s `[B, N]`: the recurrent state to begin from, zeros if None.
@@ -211,7 +227,7 @@ class DPASSMBlock(PreNormBlock):
         behind the keys carried on; biases, sigmoid, tanh and the narrow ssm_out ride on the kernels that follow."""
         batch, tokens, width = u.shape
         halo, start = (0, None) if state is None else (state.kv.shape[1], state.s)
-        weight = torch.cat([self.qkv_proj.weight, self.gate_proj.weight, self.ssm_in.weight])
+        weight = joined(*self._entering)
         parts = [width, self._kv_width, width, self.state_dim]
         rows = u.new_empty(batch, halo + tokens, weight.shape[0])
         project_into(u, weight, out=rows[:, halo:])

@@ -5,11 +5,12 @@ Letters: B batch, t tokens, D width, E width of the projection, g first tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longctx.ops.operators import first_order
 
@@ -25,6 +26,39 @@ def project_into(u: Tensor, weight: Tensor, *, out: Tensor) -> None:
         return
     for mine, rows in zip(u, out, strict=True):
         torch.mm(mine, weight.t(), out=rows)
+
+
+def lay_together(*weights: nn.Parameter) -> None:
+    """Move weights `[E_i, D]` on a GPU to one memory, one behind the other, where `joined` need not copy them.
+
+    They stay parameters of their own, as those of torch's recurrent layers do.
+    """
+    if any(type(w) is not nn.Parameter or not w.is_cuda or w.is_inference() for w in weights):
+        return
+    if len({(w.dtype, w.device) for w in weights}) > 1 or _together(weights):
+        return
+    with torch.no_grad():
+        parts = torch.cat(weights).split([w.shape[0] for w in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part
+
+
+def joined(*weights: Tensor) -> Tensor:
+    """Weights `[E_i, D]` as one `[sum of E_i, D]`, without autograd: a view if `lay_together` put them there."""
+    if _together(weights):
+        return weights[0].as_strided((sum(w.shape[0] for w in weights), weights[0].shape[1]), weights[0].stride())
+    return torch.cat(weights)
+
+
+def _together(weights: Sequence[Tensor]) -> bool:
+    first, size = weights[0], weights[0].element_size()
+    begin = end = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.dtype != first.dtype or not weight.is_contiguous():
+            return False
+        end += weight.numel() * size
+    # Neighbours in memory may still be strangers.
+    return begin > 0 and first.storage_offset() * size + end - begin <= first.untyped_storage().nbytes()
 
 
 def project_beside(u: Tensor, weight: Tensor, of_first: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from longctx.blocks import _shell
 from longctx.blocks.dpassm import SPEC
 from longctx.config import BlockRequest, Cell
 from longctx.errors import LongctxError, UsageError
+from longctx.ops.projections import joined
 
 GOLDEN = sorted(Path(__file__).with_name("golden").glob("dpassm_*.npz"))
 
@@ -262,3 +265,38 @@ def test_gpu_slabs_and_steps(dtype, monkeypatch):
             pieces.append(y)
     error = (torch.cat(pieces, 1).double() - want).norm() / want.norm()
     assert error < SPEC.tolerances["fp32" if dtype == torch.float32 else "bf16"]
+
+
+@pytest.mark.cuda
+def test_weights_of_one_product_stay_together():
+    def weights(block):
+        return [linear.weight for linear in (block.qkv_proj, block.gate_proj, block.ssm_in)]
+
+    def check(block):
+        """They are read where they lie, and what is read is what they are."""
+        parts = weights(block)
+        whole = joined(*parts)
+        assert whole.data_ptr() == parts[0].data_ptr()
+        assert torch.equal(whole, torch.cat(parts))
+
+    half = {"device": "cuda", "dtype": torch.bfloat16, "state_dim": 8, "d_model": 64}
+    block = small(**half)
+    check(block)
+    before = [p.detach().clone() for p in block.parameters()]
+    block.load_state_dict({key: 2 * value for key, value in block.state_dict().items()})
+    assert all(torch.equal(p, 2 * old) for p, old in zip(block.parameters(), before, strict=True))
+    optimizer = torch.optim.AdamW(block.parameters())
+    x = torch.randn(1, 40, 64, **{key: half[key] for key in ("device", "dtype")})
+    block(x)[0].sum().backward()
+    optimizer.step()
+    check(block)
+    with torch.no_grad():
+        wanted = block(x)[0]
+        for same in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), small(**half | {"device": "cpu"}).cuda()):
+            check(same)
+            same.load_state_dict(block.state_dict())
+            torch.testing.assert_close(same(x)[0], wanted)
+        check(copy.deepcopy(block).float().half())
+        # Where someone replaced one of them they are copied together, as ever.
+        block.gate_proj.weight = torch.nn.Parameter(block.gate_proj.weight.clone())
+        torch.testing.assert_close(block(x)[0], wanted)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longctx.ops.projections import project_beside, project_into
+from longctx.ops.projections import joined, project_beside, project_into
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -17,6 +17,24 @@ def test_a_product_in_a_longer_buffer(batch, behind):
     project_into(u.transpose(0, 1).contiguous().transpose(0, 1), weight, out=buffer[:, behind:])
     torch.testing.assert_close(buffer[:, behind:], u @ weight.T)
     assert not buffer[:, :behind].any()
+
+
+def test_weights_behind_each_other_are_not_copied():
+    rows = torch.arange(60.0).view(12, 5)
+    parts = rows[:11].split([5, 4, 2])
+    whole = joined(*parts)
+    assert torch.equal(whole, rows[:11])
+    assert whole.data_ptr() == rows.data_ptr()
+    # In another order, with a gap, in memories of their own, of two formats.
+    for others in (
+        (parts[1], parts[0]),
+        (parts[0], parts[2]),
+        tuple(p.clone() for p in parts),
+        (parts[0], parts[1].double()),
+    ):
+        whole = joined(*others)
+        assert torch.equal(whole, torch.cat(others))
+        assert whole.data_ptr() != others[0].data_ptr()
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
