@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from longctx.ops.blade_chain import ChainWeights
 CPU_SLAB_TOKENS = 1024
 """Tokens taken at once off the chain on a CPU: they stay in the cache."""
 GPU_SLAB_TOKENS, MOST_SLAB_TOKENS = 8192, 65536
-GPU_SLABS = 5
-"""On a GPU a call is that many slabs, of some number of tokens between the two: few launches, and buffers small beside
-what is kept. The buffers of two slabs exist at once, 4D a token each in forward and 6D in backward."""
+"""On a GPU slabs have some number of tokens between the two: few launches, and buffers small beside what is kept."""
+GPU_SHARES = (2, 1, 2, 1, 2)
+"""A call is at least that many slabs if it has the tokens, and so large, if it has no more. The buffers of two
+neighbours exist at once, 6D a token each in backward: a large and a small one are less than two of a fifth."""
 GRAPH_CHUNKS = 8
 """Slabs of whole multiples of it are done in the fewest graphs, see `blade_training_graph`."""
 
@@ -83,12 +84,19 @@ def slabs(count: int, tokens: int, device: torch.device) -> list[slice]:
 
 def _gpu_sizes(count: int, tokens: int) -> list[int]:
     total = count * tokens
-    parts = max(min(GPU_SLABS, total // GPU_SLAB_TOKENS), -(-total // MOST_SLAB_TOKENS), 1)
+    parts = max(min(len(GPU_SHARES), total // GPU_SLAB_TOKENS), -(-total // MOST_SLAB_TOKENS), 1)
     parts = min(parts, count)
     unit = GRAPH_CHUNKS if count >= GRAPH_CHUNKS * parts else 1
-    each, more = divmod(count // unit, parts)
-    sizes = [unit * (each + (index < more)) for index in range(parts)]
-    sizes[more] += count % unit
+    units, rest = divmod(count, unit)
+    shares = list(accumulate(GPU_SHARES))
+    largest = -(-units * GPU_SHARES[0] // shares[-1]) * unit * tokens
+    if parts < len(GPU_SHARES) or units < shares[-1] or largest > MOST_SLAB_TOKENS:
+        shares = list(range(1, parts + 1))
+    # Rounded up, so that none is larger than the first.
+    ends = [unit * -(-units * share // shares[-1]) for share in shares]
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    # To one with room for it, as the first is to stay the largest.
+    sizes[next((index for index, size in enumerate(sizes) if size < sizes[0]), 0)] += rest
     return sizes
 
 
