@@ -305,9 +305,9 @@ def fault_of(error: BaseException) -> dict[str, Any]:
         isinstance(error, RuntimeError) and any(words in lower for words in _OOM_WORDS)
     ):
         if asked := re.search(r"tried to allocate (\d+) bytes", text):
-            text = f"there was no room for another {int(asked[1]) / 2**30:,.2f} GiB"
+            text = f"there was no room in memory for another {int(asked[1]) / 2**30:,.2f} GiB"
         elif asked := _CUDA_OOM.search(text):
-            text = f"there was no room for another {asked[1]}: {asked[3]} of {asked[2]} were free"
+            text = f"there was no room in memory for another {asked[1]}: {asked[3]} of {asked[2]} were free"
         # What was measured before is not the whole cell.
         return {"status": "oom", "samples_round": [], "error": {"type": kind, "message": _first_lines(text)}}
     if isinstance(error, NotImplementedError) or (

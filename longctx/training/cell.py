@@ -97,6 +97,13 @@ def run_lightning_cell(
     return found
 
 
+def _forget_workspaces(device: torch.device) -> None:
+    """Let go of cuBLAS's workspaces, as Lightning does when it begins: what rests on the GPU is read before."""
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if device.type == "cuda" and forget is not None:
+        forget()
+
+
 def _flags_now() -> dict[str, Any]:
     cudnn = torch.backends.cudnn
     flags = {"cudnn_benchmark": cudnn.benchmark, "cudnn_deterministic": cudnn.deterministic}
@@ -121,6 +128,7 @@ class _Training:
 
     def run(self, found: dict[str, Any]) -> None:
         self.emit({"event": "phase", "phase": "build"})
+        _forget_workspaces(self.device)
         floor = resting(self.device) if self.plan.memory else Resting()
         torch.manual_seed(self.plan.seed)
         model = LongContextLM(

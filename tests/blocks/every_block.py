@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ class MadeTensors(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.storages: dict[int, StorageWeakRef] = {}
+        self.makers: dict[int, str] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
@@ -70,11 +72,21 @@ class MadeTensors(TorchDispatchMode):
         for t in out if isinstance(out, list | tuple) else (out,):
             if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
                 self.storages[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage())
+                self.makers[t.untyped_storage()._cdata] = f"{func} {list(t.shape)}"
         return out
 
-    def alive(self) -> int:
-        gc.collect()
-        return sum(not storage.expired() for storage in self.storages.values())
+    def alive(self, *, least: int = 0) -> list[str]:
+        """What made them, once no more than `least` are left, or after a second.
+
+        The thread that ran a backward pass may be about to let go of its last steps when the pass has ended.
+        """
+        last = time.monotonic() + 1
+        while True:
+            gc.collect()
+            left = [self.makers[key] for key, storage in self.storages.items() if not storage.expired()]
+            if len(left) <= least or time.monotonic() > last:
+                return left
+            time.sleep(0.01)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -194,7 +194,7 @@ def test_phases_that_are_not_planned_are_not_done():
     [
         ("Dropping", "wrong", "two outputs"),
         ("OutOfMemory", "oom", "1 TiB"),
-        ("HostOutOfMemory", "oom", "no room for another"),
+        ("HostOutOfMemory", "oom", "no room in memory for another"),
         ("NotForThis", "unsupported", "Half"),
         ("Raising", "failed", "ValueError in blocks_of_mine.py, line"),
         ("Raising", "failed", "what is this"),
@@ -222,7 +222,8 @@ def test_what_a_gpu_says_of_its_memory_is_cut_to_what_matters():
     )
     found = fault_of(torch.OutOfMemoryError(text))
     assert found["status"] == "oom"
-    assert found["error"]["message"] == "there was no room for another 16.00 GiB: 10.36 GiB of 139.80 GiB were free"
+    wanted = "there was no room in memory for another 16.00 GiB: 10.36 GiB of 139.80 GiB were free"
+    assert found["error"]["message"] == wanted
 
 
 def test_an_interruption_passes(place):
