@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longctx.ops.key_values import KeyValues
 from longctx.ops.operators import first_order
@@ -41,12 +41,15 @@ class _Call:
 
     def __init__(self, block: PreNormBlock, x: Tensor, state: Any, keep_state: bool) -> None:
         self.block, self.keep_state, self.device = block, keep_state, x.device
-        self.parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        # As they are in this call: backward may find others in their place (torch.func.functional_call), or the block
+        # in another mode.
+        self.named, self.training = dict(block.named_parameters()), block.training
+        self.parameters = [parameter for parameter in self.named.values() if parameter.requires_grad]
         self.slabs = list(_slabs(block, x))
         self.starts: list[Any] = [None if state is None else state.detach()]
         self.last: Any = None
         self.random: list[tuple[Tensor, Tensor | None]] = []
-        self.draws = block.training and block.dropout > 0.0
+        self.draws = self.training and block.dropout > 0.0
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
@@ -59,7 +62,19 @@ class _Call:
         # A cast that was cached would belong to the graph of another slab.
         cast = torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
         with torch.enable_grad(), cast:
-            return self.block._differentiable(x, state, self.keep_state or index + 1 < len(self.slabs))
+            return self._differentiable(x, state, self.keep_state or index + 1 < len(self.slabs))
+
+    def _differentiable(self, *arguments: Any) -> tuple[Tensor, Any]:
+        """`block._differentiable` with the parameters and in the mode of the call."""
+        block, mode = self.block, self.block.training
+        block.training = self.training
+        try:
+            if all(p is self.named.get(name) for name, p in block.named_parameters()):
+                return block._differentiable(*arguments)
+            named = {f"block.{name}": parameter for name, parameter in self.named.items()}
+            return torch.func.functional_call(_Differentiable(block), named, arguments)
+        finally:
+            block.training = mode
 
     def remember_random(self) -> None:
         if self.draws:
@@ -79,6 +94,17 @@ class _Call:
             yield
 
 
+class _Differentiable(nn.Module):
+    """The function of a block that autograd follows, as a module's forward."""
+
+    def __init__(self, block: PreNormBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Any]:
+        return self.block._differentiable(*arguments)
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -96,7 +122,8 @@ class _Recomputed(torch.autograd.Function):
                 call.starts.append(state)
         call.last = state
         ctx.call, ctx.states = call, len(tensors) - len(call.parameters)
-        ctx.save_for_backward(x)
+        # The parameters too, as autograd then refuses those that were changed in place.
+        ctx.save_for_backward(x, *call.named.values())
         ctx.set_materialize_grads(False)
         # Copies: what autograd gives out must not be what the caller may write into later.
         return y, *(tensor.clone() for tensor in _tensors(state))
@@ -105,7 +132,7 @@ class _Recomputed(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *later: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        (x,) = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         sums: list[Tensor | None] = [None] * len(call.parameters)
         behind: list[Tensor | None] = list(later)

@@ -107,11 +107,37 @@ def test_only_the_input_waits_for_backward(name):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         y, _ = block(x, keep_state=False)
         node = y.grad_fn
-    assert node.saved_tensors[0].shape == x.shape and len(node.saved_tensors) == 1
+    waiting, *parameters = node.saved_tensors
+    assert waiting.shape == x.shape
+    assert {p.data_ptr() for p in parameters} == {p.data_ptr() for p in block.parameters()}
     carried = sum(t.numel() for start in node.call.starts for t in _recompute._tensors(start))
     slabs = len(node.call.slabs)
     assert slabs == (8 if name in IN_SLABS else 1)
     assert carried <= slabs * 16 * 2 * 32 * 2
+
+
+@every_block
+def test_backward_is_of_the_weights_and_the_mode_of_its_forward(name):
+    _, block = pair(name, dropout=0.2)
+    _, as_given = pair(name, dropout=0.2)
+    x = tokens(40).requires_grad_()
+    others = {key: (1.1 * p.detach()).requires_grad_() for key, p in block.named_parameters()}
+    as_given.load_state_dict(others)
+    torch.manual_seed(0)
+    y, _ = as_given(x)
+    wanted = torch.autograd.grad(y.square().sum(), [x, *as_given.parameters()], allow_unused=True)
+    torch.manual_seed(0)
+    y, _ = torch.func.functional_call(block, others, (x,))
+    block.eval()
+    found = torch.autograd.grad(y.square().sum(), [x, *others.values()], allow_unused=True)
+    assert not block.training
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    y, _ = block(x)
+    with torch.no_grad():
+        block.out_proj.weight.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @every_block
