@@ -125,19 +125,19 @@ class DPASSMBlock(PreNormBlock):
         lay_together(*self._entering)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DPASSMBlock:
-        # Moves and conversions give every weight a memory of its own.
+        before = [None if weight is None else weight.data for weight in self._entering]
         super()._apply(fn, recurse)
-        lay_together(*self._entering)
+        # A move or a conversion gives each a memory of its own. What stays where it was may be there for others.
+        if all(map(_moved, before, self._entering)):
+            lay_together(*self._entering)
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        lay_together(*self._entering)
-
     @property
-    def _entering(self) -> tuple[nn.Parameter, ...]:
-        """The weights of what is read from the norm, which one product does in inference."""
-        return self.qkv_proj.weight, self.gate_proj.weight, self.ssm_in.weight
+    def _entering(self) -> list[nn.Parameter | None]:
+        """The weights of what is read from the norm, which one product does in inference; None where another module,
+        a parametrization or a wrapper has them."""
+        layers = (self.qkv_proj, self.gate_proj, self.ssm_in)
+        return [layer._parameters.get("weight") for layer in layers]
 
     def init_state(self, batch_size: int, s: Tensor | None = None) -> DPASSMState:
         """The state at the start of a sequence; s `[B, N]`: the recurrent state to begin from, zeros if None.
@@ -227,7 +227,7 @@ class DPASSMBlock(PreNormBlock):
         behind the keys carried on; biases, sigmoid, tanh and the narrow ssm_out ride on the kernels that follow."""
         batch, tokens, width = u.shape
         halo, start = (0, None) if state is None else (state.kv.shape[1], state.s)
-        weight = joined(*self._entering)
+        weight = joined(self.qkv_proj.weight, self.gate_proj.weight, self.ssm_in.weight)
         parts = [width, self._kv_width, width, self.state_dim]
         rows = u.new_empty(batch, halo + tokens, weight.shape[0])
         project_into(u, weight, out=rows[:, halo:])
@@ -317,6 +317,10 @@ class DPASSMBlock(PreNormBlock):
     @property
     def _kv_width(self) -> int:
         return 2 * self.num_kv_heads * self.head_dim
+
+
+def _moved(old: Tensor | None, new: Tensor | None) -> bool:
+    return old is not None and type(new) is nn.Parameter and new.data_ptr() != old.data_ptr()
 
 
 def reference(block: DPASSMBlock, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:

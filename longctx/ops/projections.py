@@ -28,10 +28,11 @@ def project_into(u: Tensor, weight: Tensor, *, out: Tensor) -> None:
         torch.mm(mine, weight.t(), out=rows)
 
 
-def lay_together(*weights: nn.Parameter) -> None:
+def lay_together(*weights: nn.Parameter | None) -> None:
     """Move weights `[E_i, D]` on a GPU to one memory, one behind the other, where `joined` need not copy them.
 
-    They stay parameters of their own, as those of torch's recurrent layers do.
+    They stay parameters of their own, as those of torch's recurrent layers do. Others than plain parameters stay where
+    they are.
     """
     if any(type(w) is not nn.Parameter or not w.is_cuda or w.is_inference() for w in weights):
         return

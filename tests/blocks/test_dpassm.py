@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from longctx import blocks
-from longctx.blocks import _shell
+from longctx.blocks import _shell, dpassm
 from longctx.blocks.dpassm import SPEC
 from longctx.config import BlockRequest, Cell
 from longctx.errors import LongctxError, UsageError
@@ -267,6 +268,39 @@ def test_gpu_slabs_and_steps(dtype, monkeypatch):
     assert error < SPEC.tolerances["fp32" if dtype == torch.float32 else "bf16"]
 
 
+def test_what_is_not_moved_stays_in_the_memory_it_is_in(monkeypatch):
+    moved = []
+    monkeypatch.setattr(dpassm, "lay_together", lambda *weights: moved.append(weights))
+    block = small()
+    assert len(moved.pop()) == 3
+    flat = torch.cat([p.detach().flatten() for p in block.parameters()])
+    for p, part in zip(block.parameters(), flat.split([p.numel() for p in block.parameters()]), strict=True):
+        p.data = part.view_as(p)
+    block.to("cpu")
+    assert not moved
+    block.float()
+    assert moved.pop() == (block.qkv_proj.weight, block.gate_proj.weight, block.ssm_in.weight)
+
+
+def test_moves_and_copies_of_a_block_with_other_layers():
+    """Those that have no weight, or compute it, are asked for none."""
+    block = small()
+    calls = []
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(block.ssm_in, "weight", Twice())
+    calls.clear()
+    block.double().to("cpu")
+    assert not calls
+    block.gate_proj = torch.nn.Identity()
+    copy.deepcopy(block).float()
+    pickle.loads(pickle.dumps(small()))
+
+
 @pytest.mark.cuda
 def test_weights_of_one_product_stay_together():
     def weights(block):
@@ -292,11 +326,12 @@ def test_weights_of_one_product_stay_together():
     check(block)
     with torch.no_grad():
         wanted = block(x)[0]
-        for same in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), small(**half | {"device": "cpu"}).cuda()):
-            check(same)
+        moved = small(**half | {"device": "cpu"}).cuda()
+        check(moved)
+        check(copy.deepcopy(block).float().half())
+        for same in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), moved):
             same.load_state_dict(block.state_dict())
             torch.testing.assert_close(same(x)[0], wanted)
-        check(copy.deepcopy(block).float().half())
         # Where someone replaced one of them they are copied together, as ever.
         block.gate_proj.weight = torch.nn.Parameter(block.gate_proj.weight.clone())
         torch.testing.assert_close(block(x)[0], wanted)
