@@ -42,7 +42,7 @@ from longctx.ops.blade_graph import ChainGraphs, Slab, kernels_fit
 from longctx.ops.blade_pipeline import run_slabs
 from longctx.ops.blade_training import whole_chunks
 from longctx.ops.blade_training_graph import MOST_CHUNK_TOKENS, TrainingGraphs
-from longctx.ops.decode import Decoder, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, decode_path, step_key, step_weights
 from longctx.ops.layer_norm import normalize
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
@@ -124,8 +124,8 @@ class BLADEBlock(PreNormBlock):
 
     def step(self, x_t: Tensor, state: BLADEState | BLADEStream) -> tuple[Tensor, BLADEState | BLADEStream]:
         self.check_step(x_t)
-        if wanted(x_t) and not (self.training and self.dropout):
-            key = step_key(self, x_t)
+        key = step_key(self, x_t)
+        if key is not None:
             if not (isinstance(state, BLADEStream) and state.live.key == key):
                 state = self._enter(key, x_t, state)
             if isinstance(state, BLADEStream):

@@ -24,7 +24,7 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
 from longctx.ops.gated_mix import gated_mix
 from longctx.ops.projections import joined, lay_together, project_into
@@ -156,8 +156,8 @@ class DPASSMBlock(PreNormBlock):
 
     def step(self, x_t: Tensor, state: DPASSMState | DPASSMStream) -> tuple[Tensor, DPASSMState | DPASSMStream]:
         self.check_step(x_t)
-        if wanted(x_t) and not (self.training and self.dropout):
-            key = step_key(self, x_t)
+        key = step_key(self, x_t)
+        if key is not None:
             if not (isinstance(state, DPASSMStream) and state.live.key == key):
                 state = self._enter(key, x_t, state)
             if isinstance(state, DPASSMStream):

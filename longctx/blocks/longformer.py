@@ -21,7 +21,7 @@ from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
-from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights, wanted
+from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights
 from longctx.ops.dense_attention import dense_attention
 from longctx.ops.key_values import KeyValues
 from longctx.ops.projections import project_beside, project_into
@@ -142,8 +142,8 @@ class LongformerBlock(PreNormBlock):
         self, x_t: Tensor, state: LongformerState | LongformerStream
     ) -> tuple[Tensor, LongformerState | LongformerStream]:
         self.check_step(x_t)
-        if wanted(x_t) and not (self.training and self.dropout):
-            key = step_key(self, x_t)
+        key = step_key(self, x_t)
+        if key is not None:
             if not (isinstance(state, LongformerStream) and state.live.key == key):
                 state = self._enter(key, x_t, state)
             if isinstance(state, LongformerStream):

@@ -72,6 +72,7 @@ class ChainGraphs:
     def __init__(self) -> None:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._composed: OrderedDict[tuple, Any] = OrderedDict()
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[ChainGraphs], tuple[()]]:
         return ChainGraphs, ()
@@ -82,10 +83,11 @@ class ChainGraphs:
     def prepare(self, weights: ChainWeights) -> Prepared:
         """What the slabs of one call share. Weights must not change between this and the last of them."""
         device = weights.qkv.device
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), self._lock:
             stream = torch.cuda.current_stream(device).cuda_stream
-            addresses = tuple((tensor.data_ptr(), tensor.stride()) for tensor in weights.tensors)
-            key = (device, addresses, stream, _fp32_products())
+            # Memory of another format may be given out again at the same address.
+            places = (weights.qkv.dtype, *((tensor.data_ptr(), tensor.stride()) for tensor in weights.tensors))
+            key = (device, places, stream, _fp32_products())
             captured = torch.cuda.is_current_stream_capturing()
             composed = None
             if kernels_fit(weights):
@@ -104,14 +106,15 @@ class ChainGraphs:
             return Prepared(graphs=self, weights=weights, key=key, captured=captured, composed=composed)
 
     def _graph(self, key: tuple, body: Callable[[], None], slab: Slab | None = None) -> _Graph:
-        found = self._graphs.get(key)
-        if found is None:
-            self._drop_stale(key)
-            found = self._graphs[key] = _Graph(replay=capture(body, key[0]), slab=slab)
-            while len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._graphs.get(key)
+            if found is None:
+                self._drop_stale(key)
+                found = self._graphs[key] = _Graph(replay=capture(body, key[0]), slab=slab)
+                while len(self._graphs) > MOST_GRAPHS:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            return found
 
     def _drop_stale(self, key: tuple) -> None:
         """Forget what was made for other weights on the same device: they are not the block's any more."""

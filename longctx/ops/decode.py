@@ -10,6 +10,7 @@ Letters: B batch, D d_model, G num_kv_heads, K head width, N state_dim, R rows o
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -28,8 +29,31 @@ except ImportError:  # a torch without Triton
 MOST_SLOTS = 8
 
 
-def wanted(x_t: Tensor) -> bool:
-    """Whether a step over x_t is one that graphs are for: on CUDA, without autograd, and not itself being captured."""
+def decode_path(weight: Tensor) -> str:
+    """How a block with this `qkv_proj.weight` steps, to be put behind how else it runs: nothing if as it does else."""
+    return "; steps: Triton kernels in a CUDA graph" if kernels is not None and kernels.runs_on(weight) else ""
+
+
+def step_key(block: nn.Module, x_t: Tensor) -> Hashable | None:
+    """What a slot is good for: the input's shape, dtype and device, the CUDA stream, the weights where they lie.
+
+    A change of weights in place needs no other graph; new weights do. None where a step is not one that graphs are for:
+    not on CUDA, with autograd, autocast or dropout, being captured itself, or where a layer computes its weights, of
+    which a graph would see those of one step.
+    """
+    if not _for_graphs(x_t) or (block.training and block.dropout):
+        return None
+    addresses = [p.data_ptr() for p in block._parameters.values() if p is not None]
+    for module in block._modules.values():
+        own = module._parameters
+        if "weight" not in own or "bias" not in own:
+            return None
+        addresses += [p.data_ptr() for p in own.values() if p is not None]
+    stream = torch.cuda.current_stream(x_t.device).cuda_stream
+    return x_t.device, tuple(addresses), x_t.shape, x_t.dtype, stream
+
+
+def _for_graphs(x_t: Tensor) -> bool:
     return (
         kernels is not None
         and x_t.is_cuda
@@ -38,23 +62,6 @@ def wanted(x_t: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
     )
-
-
-def decode_path(weight: Tensor) -> str:
-    """How a block with this `qkv_proj.weight` steps, to be put behind how else it runs: nothing if as it does else."""
-    return "; steps: Triton kernels in a CUDA graph" if kernels is not None and kernels.runs_on(weight) else ""
-
-
-def step_key(block: nn.Module, x_t: Tensor) -> Hashable:
-    """What a slot is good for: the input's shape, dtype and device, the CUDA stream, the weights where they lie.
-
-    A change of weights in place needs no other graph; new weights do.
-    """
-    addresses = [p.data_ptr() for p in block._parameters.values() if p is not None]
-    for module in block._modules.values():
-        addresses += [p.data_ptr() for p in module._parameters.values() if p is not None]
-    stream = torch.cuda.current_stream(x_t.device).cuda_stream
-    return x_t.device, tuple(addresses), x_t.shape, x_t.dtype, stream
 
 
 def step_weights(block: nn.Module, *, recurrence: tuple | None = None, injects: bool = False) -> kernels.StepWeights:
@@ -172,6 +179,7 @@ class Decoder:
     def __init__(self, window: int, dilation: int, lead: int) -> None:
         self._shape = {"window": window, "dilation": dilation, "lead": lead}
         self._slots: list[_Slot] = []
+        self._entering = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Decoder], tuple[int, ...]]:
         return Decoder, tuple(self._shape.values())
@@ -196,17 +204,18 @@ class Decoder:
         if not kernels.fits(weights):
             return None
         lead = self._shape["lead"]
-        slot = self._slot(key, weights)
+        with self._entering:
+            slot = self._slot(key, weights)
+            kept = min(kv.shape[1], slot.buffers.kv.shape[1] - lead - 1)
+            live = Live(slot, kept, lead)
+            slot.holder = weakref.ref(live)
         buffers = slot.buffers
-        kept = min(kv.shape[1], buffers.kv.shape[1] - lead - 1)
         buffers.kv[:, lead : lead + kept] = kv[:, kv.shape[1] - kept :]
         if first is not None:
             buffers.kv[:, :lead] = first
         if s is not None:
             buffers.s.copy_(s)
         buffers.position.fill_(kept)
-        live = Live(slot, kept, lead)
-        slot.holder = weakref.ref(live)
         return live
 
     def _slot(self, key: Hashable, weights: kernels.StepWeights) -> _Slot:

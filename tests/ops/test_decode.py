@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 
 from longctx import blocks
 from longctx.errors import LongctxError
@@ -75,7 +78,23 @@ def test_nothing_of_it_on_a_cpu():
     block, x = make(*CASES[0]), tokens(3)
     with torch.no_grad():
         _, state = steps(block, x, block.init_state(2))
-    assert type(state).__name__ == "DPASSMState" and not decode.wanted(x) and len(block._decoder) == 0
+        assert decode.step_key(block, x[:, :1]) is None
+    assert type(state).__name__ == "DPASSMState" and len(block._decoder) == 0
+
+
+@CASE
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_no_graph_where_a_layer_computes_what_it_has(name, options, part, monkeypatch):
+    monkeypatch.setattr(decode, "_for_graphs", lambda x_t: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    x = tokens(1)
+    block = make(name, options)
+    assert decode.step_key(block, x) == decode.step_key(block, x) is not None
+    torch.nn.utils.parametrize.register_parametrization(block.ffn_up, part, torch.nn.Identity())
+    assert decode.step_key(block, x) is None
+    block = make(name, options)
+    torch.nn.utils.prune.identity(block.ffn_up, part)
+    assert decode.step_key(block, x) is None
 
 
 def test_a_copy_has_no_slots():
@@ -209,9 +228,8 @@ decode.kernels.fits = lambda weights: True
 decode.capture = lambda body, device: body
 torch.cuda.device = lambda device: torch.no_grad()
 for module in map(tests.blocks.load, ("DPASSM", "BLADE", "Longformer")):
-    there = __import__(module.build.__module__, fromlist=["wanted"])
-    there.wanted = lambda x_t: not torch.is_grad_enabled()
-    there.step_key = lambda block, x_t: (x_t.device, 0, x_t.shape)
+    there = __import__(module.build.__module__, fromlist=["step_key"])
+    there.step_key = lambda block, x_t: None if torch.is_grad_enabled() else (x_t.device, 0, x_t.shape)
 for index, (name, options) in enumerate(tests.CASES):
     for start in ((80 if options.get("num_global_tokens") == 70 else 0,) if index else (0, 3, 25)):
         error = tests.check(name, options, start=start, length=12 if index else 4)
