@@ -10,14 +10,13 @@ Letters: B batch, T sequence length, t tokens of a slab, D d_model.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from longctx.ops.key_values import KeyValues
+from longctx.blocks._states import tensors_of, with_tensors
 from longctx.ops.operators import first_order
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ GPU_LEAST, GPU_MOST = 8192, 65536
 def recomputed(block: PreNormBlock, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
     """`block._differentiable(x, state, keep_state)`, in slabs if the block can, x `[B, T, D]`."""
     call = _Call(block, x, state, keep_state)
-    y, *tensors = _Recomputed.apply(call, x, *_tensors(state), *call.parameters)
-    return y, _with_tensors(call.last, tensors) if keep_state else None
+    y, *tensors = _Recomputed.apply(call, x, *tensors_of(state), *call.parameters)
+    return y, with_tensors(call.last, tensors) if keep_state else None
 
 
 class _Call:
@@ -57,7 +56,7 @@ class _Call:
         """Slab number `index`, x `[B, t, D]`, with the graph of it, from its starting state with these tensors."""
         start = self.starts[index]
         # A copy, since a block may write into the state that it is given.
-        state = None if start is None else _with_tensors(start, tensors)
+        state = None if start is None else with_tensors(start, tensors)
         kind, dtype, enabled = self.autocast
         # A cast that was cached would belong to the graph of another slab.
         cast = torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
@@ -112,7 +111,7 @@ class _Recomputed(torch.autograd.Function):
         state = None
         for index, slab in enumerate(call.slabs):
             call.remember_random()
-            part, state = call.run(index, x[:, slab].detach(), _tensors(call.starts[index]))
+            part, state = call.run(index, x[:, slab].detach(), tensors_of(call.starts[index]))
             # As an autocast block may give another format than it was given.
             y = part.new_empty(*x.shape[:2], part.shape[2]) if y is None else y
             y[:, slab] = part.detach()
@@ -126,7 +125,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(x, *call.named.values())
         ctx.set_materialize_grads(False)
         # Copies: what autograd gives out must not be what the caller may write into later.
-        return y, *(tensor.clone() for tensor in _tensors(state))
+        return y, *(tensor.clone() for tensor in tensors_of(state))
 
     @staticmethod
     @first_order
@@ -139,11 +138,11 @@ class _Recomputed(torch.autograd.Function):
         for index in reversed(range(len(call.slabs))):
             slab = call.slabs[index]
             part = x[:, slab].detach().requires_grad_(dx is not None)
-            leaves = [tensor.detach().requires_grad_() for tensor in _tensors(call.starts[index])]
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors_of(call.starts[index])]
             with call.same_random(index):
                 y, state = call.run(index, part, leaves)
             with torch.enable_grad():
-                outputs = [y, *_tensors(state)]
+                outputs = [y, *tensors_of(state)]
             above = [None if grad is None else grad[:, slab], *behind]
             wanted = [(o, g) for o, g in zip(outputs, above, strict=True) if g is not None and o.requires_grad]
             inputs = [*([part] if dx is not None else []), *leaves, *call.parameters]
@@ -180,35 +179,3 @@ def _slabs(block: PreNormBlock, x: Tensor) -> Iterator[slice]:
         step = max(1, max(least, min(most, batch * length // 8)) // batch)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
-
-
-# -- states: what in them is a tensor ------------------------------------------------------------------------------
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    """The tensors that a state carries on, with their graphs, in the order and shapes of those of `state.detach()`."""
-    if state is None:
-        return []
-    kept = state.detach()
-    found = []
-    for name in _fields(kept):
-        value = getattr(state, name)
-        if isinstance(value, KeyValues):
-            alive = min(value.alive, value.reach)
-            value = value.buffer[:, value.end - alive : value.end]
-        found.append(value)
-    return found
-
-
-def _with_tensors(kept: Any, tensors: list[Tensor]) -> Any:
-    """A state like `kept`, which came from `detach()`, with these tensors for its own."""
-    changes: dict[str, Any] = {}
-    for name, tensor in zip(_fields(kept), tensors, strict=True):
-        value = getattr(kept, name)
-        changes[name] = dataclasses.replace(value, buffer=tensor) if isinstance(value, KeyValues) else tensor
-    return dataclasses.replace(kept, **changes)
-
-
-def _fields(kept: Any) -> list[str]:
-    names = [field.name for field in dataclasses.fields(kept)]
-    return [name for name in names if isinstance(getattr(kept, name), Tensor | KeyValues)]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.blocks._recompute import recomputed
+from longctx.blocks._states import usable
 from longctx.errors import UsageError
 from longctx.ops.feed_forward import infer, residual_feed_forward
 from longctx.ops.layer_norm import hooks_are_set, kept_as_input, kernels_fit, layer_norm
@@ -120,7 +121,7 @@ class PreNormBlock(nn.Module):
         causality. Raises UsageError for an input of the wrong shape, or a state where there can be none.
         """
         self.check_input(x, state)
-        keep_state = keep_state and self.causal
+        state, keep_state = usable(state), keep_state and self.causal
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
@@ -210,10 +211,27 @@ class PreNormBlock(nn.Module):
             yield slice(start, min(start + step, length))
 
     def check_input(self, x: Tensor, state: Any) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] < 1:
-            raise UsageError(f"the input must be [B, T >= 1, {self.d_model}], not {list(x.shape)}")
+        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[0] < 1 or x.shape[1] < 1:
+            raise UsageError(f"the input must be [B >= 1, T >= 1, {self.d_model}], not {list(x.shape)}")
+        if not torch.compiler.is_compiling():
+            self.check_layers()
         if state is not None:
             self.check_causal("a carried state")
+
+    def check_layers(self) -> None:
+        """Raises UsageError if a layer does more than its weight says, which is read without calling the layer."""
+        for name, layer in self._modules.items():
+            forward, own = type(layer).forward, layer._parameters
+            if name != "parametrizations" and forward is not nn.Linear.forward and forward is not nn.LayerNorm.forward:
+                reason = f"is a {type(layer).__name__}, with a forward of its own"
+                hint = "merge what it does into the weight of a torch.nn.Linear"
+            elif layer._forward_pre_hooks and "weight" not in own and "parametrizations" not in layer._modules:
+                reason = "has a hook that makes its weight"
+                hint = "use torch.nn.utils.parametrizations, or torch.nn.utils.prune.remove"
+            else:
+                continue
+            name = f"{type(self).__name__}.{name}"
+            raise UsageError(f"{name} {reason}; blocks read weights and never call their layers", hint)
 
     def check_step(self, x_t: Tensor) -> None:
         self.check_causal("step")

@@ -8,7 +8,7 @@ an odd window centred on i, globals at both ends that see everything themselves,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,15 +44,22 @@ class BigBirdState:
     """All keys and values so far: `[B, G, capacity, K]`, of which `position` are used.
 
     A random block may be any earlier one, so nothing can be forgotten. capacity is a multiple of block_size;
-    what follows `position` inside its block is zero, because it is read and then hidden by a mask.
+    what follows `position` inside its block is zero, because it is read and then hidden by a mask. written: how far the
+    buffers are, one number that all states on them share.
     """
 
     keys: Tensor
     values: Tensor
     position: int
+    written: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether what follows `position` is free: another state may have gone on from this one."""
+        return self.written[0] == self.position
 
     def detach(self) -> BigBirdState:
-        return BigBirdState(self.keys.detach(), self.values.detach(), self.position)
+        return replace(self, keys=self.keys.detach(), values=self.values.detach())
 
 
 class BigBirdBlock(PreNormBlock):
@@ -191,10 +198,10 @@ class BigBirdBlock(PreNormBlock):
             return self.out_proj(attended.flatten(2)), None
         if carried or not in_place:
             state = self._state(u.shape[0], k) if state is None else state
-            size = self.pattern.block_size
-            keys, values = _append(state.keys, k, start, size), _append(state.values, v, start, size)
+            keys, values = (self._append(state, kept, new) for kept, new in ((state.keys, k), (state.values, v)))
         attended = block_sparse_attention(q, keys, values, sparse, dropout=dropout)
-        return self.out_proj(attended.flatten(2)), BigBirdState(keys, values, length) if keep_state else None
+        mixed = self.out_proj(attended.flatten(2))
+        return mixed, _gone_on(state, keys, values, length) if keep_state else None
 
     def init_state(self, batch_size: int) -> BigBirdState:
         self.check_causal("state")
@@ -210,10 +217,9 @@ class BigBirdBlock(PreNormBlock):
         """q `[B, t, H, K]` and the state with the keys and values of u `[B, t, D]`, without autograd."""
         width, start, length = self.d_model, state.position, state.position + u.shape[1]
         rows = _rows(state)
-        frozen = rows is not None and rows.is_inference() and not torch.is_inference_mode_enabled()
         capacity = self.pattern.count(length) * self.pattern.block_size
         room = state.keys.shape[2]
-        if rows is None or frozen or room < capacity:
+        if rows is None or room < capacity or not state.may_grow:
             grown = self._state(u.shape[0], u, max(capacity, 2 * room) if room < capacity else room)
             for old, new in ((state.keys, grown.keys), (state.values, grown.values)):
                 new[:, :, :start] = old[:, :, :start]
@@ -225,7 +231,30 @@ class BigBirdBlock(PreNormBlock):
         else:
             q = F.linear(u, weight[:width])
             project_into(u, weight[width:], out=new)
-        return q.unflatten(-1, (self.n_heads, -1)), BigBirdState(state.keys, state.values, length)
+        return q.unflatten(-1, (self.n_heads, -1)), _gone_on(state, state.keys, state.values, length)
+
+    def _append(self, state: BigBirdState, kept: Tensor, new: Tensor) -> Tensor:
+        """kept, keys or values of the state `[B, G, capacity, K]`, and new `[B, t, G, K]` after them in one buffer.
+
+        Without autograd in place, growing at least twofold; with it never, as an earlier graph may need the old one.
+        """
+        new = new.transpose(1, 2)
+        position, size = state.position, self.pattern.block_size
+        end = position + new.shape[2]
+        blocks_end = -(-end // size) * size
+        if torch.is_grad_enabled():
+            return F.pad(torch.cat([kept[:, :, :position], new], dim=2), (0, 0, 0, blocks_end - end))
+        short = kept.shape[2] < blocks_end
+        if short or not state.may_grow or not kept.is_contiguous():
+            capacity = max(blocks_end, 2 * kept.shape[2]) if short else kept.shape[2]
+            grown = kept.new_empty(*kept.shape[:2], capacity, kept.shape[3])
+            grown[:, :, :position] = kept[:, :, :position]
+            kept = grown
+        # Where no query of before looks: a graph that still needs the keys it has seen need not hear of the change.
+        room = kept.data
+        room[:, :, position:end] = new
+        room[:, :, end:blocks_end] = 0
+        return kept
 
     def _state(self, batch_size: int, like: Tensor, capacity: int = 0) -> BigBirdState:
         if self._streams_in_rows(like):
@@ -268,26 +297,11 @@ def _rows(state: BigBirdState) -> Tensor | None:
     return keys.as_strided((batch, capacity, 2, groups, width), (strides[0], token, groups * width, width, 1))
 
 
-def _append(kept: Tensor, new: Tensor, position: int, size: int) -> Tensor:
-    """kept `[B, G, capacity, K]`, used up to `position`, and new `[B, t, G, K]` after it: a buffer with both.
-
-    Without autograd in place, growing at least twofold; with it never, as an earlier graph may need the old one.
-    """
-    new = new.transpose(1, 2)
-    end = position + new.shape[2]
-    blocks_end = -(-end // size) * size
-    if torch.is_grad_enabled():
-        return F.pad(torch.cat([kept[:, :, :position], new], dim=2), (0, 0, 0, blocks_end - end))
-    frozen = kept.is_inference() and not torch.is_inference_mode_enabled()
-    if kept.shape[2] < blocks_end or frozen or not kept.is_contiguous():
-        grown = kept.new_empty(*kept.shape[:2], max(blocks_end, 2 * kept.shape[2]), kept.shape[3])
-        grown[:, :, :position] = kept[:, :, :position]
-        kept = grown
-    # Where no query of before looks: a graph that still needs the keys it has seen need not hear of the change.
-    room = kept.data
-    room[:, :, position:end] = new
-    room[:, :, end:blocks_end] = 0
-    return kept
+def _gone_on(state: BigBirdState, keys: Tensor, values: Tensor, position: int) -> BigBirdState:
+    """The state after `state`, on these buffers: its own, written further, or others."""
+    written = state.written if keys is state.keys else [0]
+    written[0] = position
+    return BigBirdState(keys, values, position, written)
 
 
 def reference(block: BigBirdBlock, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, None]:

@@ -29,6 +29,7 @@ from longctx.blocks._blade_reference import cost, reference
 from longctx.blocks._blade_state import BLADEState, BLADEStream, Tape, append
 from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import BlockSpec
+from longctx.blocks._states import usable
 from longctx.errors import UsageError
 from longctx.ops.blade_chain import (
     ChainWeights,
@@ -117,6 +118,7 @@ class BLADEBlock(PreNormBlock):
             state = self.init_state(x.shape[0])
         elif state.s.shape[0] != x.shape[0]:
             raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {x.shape[0]}")
+        state = usable(state)
         drops = self.training and self.dropout > 0.0
         if drops or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return self._with_gradients(x, state, keep_state)
@@ -369,7 +371,9 @@ class BLADEBlock(PreNormBlock):
         """(start, count, n, whole): whole chunks, `count` of n tokens, or one part of a chunk; none above a slab."""
         on_cpu = x.device.type == "cpu"
         slab = (_shell.CPU_SLAB_TOKENS if on_cpu else GPU_CHAIN_TOKENS) // x.shape[0]
-        part = max(LEAST_PART, slab if on_cpu else _shell.GPU_SLAB_TOKENS // x.shape[0])
+        # The kernels count the numbers of a chunk's hidden rows in 32 bits.
+        part = slab if on_cpu else min(_shell.GPU_SLAB_TOKENS // x.shape[0], (2**31 - 1) // (4 * self.d_model))
+        part = max(LEAST_PART, part)
         start, length = 0, x.shape[1]
         while start < length:
             left = self.chunk_size - filled

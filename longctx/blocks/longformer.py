@@ -129,10 +129,7 @@ class LongformerBlock(PreNormBlock):
         if isinstance(state, LongformerStream):
             state = state.detach()
         elif isinstance(state, LongformerState):
-            first = state.first
-            if first.is_inference() and not torch.is_inference_mode_enabled():
-                first = first.clone()  # autograd refuses to save what inference mode made
-            state = replace(state, recent=state.recent.fork(), first=first)
+            state = replace(state, recent=state.recent.fork())
         y, state = super().forward(x, state, keep_state=keep_state)
         if state is not None and not torch.is_grad_enabled():
             state.recent = state.recent.trim()

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
 from every_block import NAMES, OTHER, SMALL, WITH_CAUSAL, LargestTensor, every_block, make, reference, relative, tokens
 
 from longctx import blocks
@@ -149,13 +151,41 @@ def test_rows_of_a_batch_are_independent(name):
 @every_block
 def test_wrong_shapes_raise(name):
     block = make(name)
-    for shape in ((2, 5, 31), (2, 0, 32), (5, 32), (1, 2, 5, 32)):
+    for shape in ((2, 5, 31), (2, 0, 32), (0, 5, 32), (5, 32), (1, 2, 5, 32)):
         for grad in (True, False):
             with torch.set_grad_enabled(grad), pytest.raises(LongctxError):
                 block(torch.zeros(shape, dtype=torch.float64))
     for shape in ((2, 2, 32), (2, 32), (2, 1, 31)):
         with pytest.raises(LongctxError):
             block.step(torch.zeros(shape, dtype=torch.float64), block.init_state(2))
+
+
+class Loud(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1000
+
+
+@every_block
+def test_layers_that_do_more_than_their_weights_say_are_refused(name):
+    """Rather than left out: blocks read weights, and never call their layers."""
+    x = tokens(3)
+    block = make(name)
+    block.ffn_up = Loud(32, 128, dtype=torch.float64)
+    with pytest.raises(LongctxError, match=r"ffn_up is a Loud, with a forward of its own"):
+        block(x)
+    block = make(name)
+    torch.nn.utils.prune.random_unstructured(block.ffn_up, "weight", 0.5)
+    with torch.no_grad(), pytest.raises(LongctxError, match=r"ffn_up has a hook that makes its weight"):
+        block(x)
+    torch.nn.utils.prune.remove(block.ffn_up, "weight")
+    want = block(x)[0]
+    block.ffn_up.register_forward_hook(lambda *_: None)
+    assert torch.equal(block(x)[0], want)
+    torch.nn.utils.parametrizations.weight_norm(block.ffn_up)
+    torch.testing.assert_close(block(x)[0], want)
+    with torch.no_grad():
+        block.ffn_up.parametrizations.weight.original0.mul_(2)
+    assert not torch.allclose(block(x)[0], want)
 
 
 @every_block

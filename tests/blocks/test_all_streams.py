@@ -50,6 +50,40 @@ def test_forward_leaves_the_given_state_as_it_was(name):
 
 
 @every_block
+@pytest.mark.parametrize("copied", [True, False], ids=["detached", "as-given"])
+def test_one_state_has_several_futures(name, copied):
+    block, x = make(name), tokens(60)
+    want = block(x)[0]
+    with torch.no_grad():
+        _, state = block(x[:, :39])
+        _, one = block(x[:, 39:41], state.detach() if copied else state)
+        block(tokens(9), state.detach() if copied else state)
+        y, _ = block(x[:, 41:], one)
+    assert relative(y, want[:, 41:]) < 1e-9
+
+
+@every_block
+@pytest.mark.parametrize("sizes", [(1, 20), (20, 1)], ids=["step-first", "step-last"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_what_inference_mode_made_goes_on_outside_of_it(name, sizes, grad):
+    block, x = make(name), tokens(61)
+    want = block(x)[0][:, 40:]
+    with torch.inference_mode():
+        _, state = block(x[:, :39])
+        _, state = block.step(x[:, 39:40], state)
+    pieces = []
+    with torch.set_grad_enabled(grad):
+        for piece in x[:, 40:].split(sizes, dim=1):
+            y, state = (block.step if piece.shape[1] == 1 else block)(piece, state)
+            pieces.append(y)
+    y = torch.cat(pieces, 1)
+    assert relative(y, want) < 1e-9
+    assert y.requires_grad == grad
+    if grad:
+        y.sum().backward()
+
+
+@every_block
 def test_a_state_goes_from_one_mode_to_another(name):
     block, x = make(name), tokens(60)
     want, _ = block(x)

@@ -7,6 +7,7 @@ import torch
 from every_block import NAMES, OTHER, SMALL, WITH_CAUSAL, every_block, gradients, make, tokens
 
 from longctx.blocks import _recompute
+from longctx.blocks._states import tensors_of
 from longctx.config import parse_blocks
 from longctx.errors import LongctxError
 
@@ -110,7 +111,7 @@ def test_only_the_input_waits_for_backward(name):
     waiting, *parameters = node.saved_tensors
     assert waiting.shape == x.shape
     assert {p.data_ptr() for p in parameters} == {p.data_ptr() for p in block.parameters()}
-    carried = sum(t.numel() for start in node.call.starts for t in _recompute._tensors(start))
+    carried = sum(t.numel() for start in node.call.starts for t in tensors_of(start))
     slabs = len(node.call.slabs)
     assert slabs == (8 if name in IN_SLABS else 1)
     assert carried <= slabs * 16 * 2 * 32 * 2

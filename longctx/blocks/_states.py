@@ -1,0 +1,59 @@
+"""States of streams, whatever the block: the tensors in them, and where these may be used."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longctx.ops.decode import Stream
+from longctx.ops.key_values import KeyValues
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    """The tensors that a state carries on, with their graphs, in the order and shapes of those of `state.detach()`."""
+    if state is None:
+        return []
+    kept = state.detach()
+    found = []
+    for name in _fields(kept):
+        value = getattr(state, name)
+        if isinstance(value, KeyValues):
+            alive = min(value.alive, value.reach)
+            value = value.buffer[:, value.end - alive : value.end]
+        found.append(value)
+    return found
+
+
+def with_tensors(kept: Any, tensors: list[Tensor]) -> Any:
+    """A state like `kept`, which came from `detach()`, with these tensors for its own."""
+    changes: dict[str, Any] = {}
+    for name, tensor in zip(_fields(kept), tensors, strict=True):
+        value = getattr(kept, name)
+        changes[name] = dataclasses.replace(value, buffer=tensor) if isinstance(value, KeyValues) else tensor
+    return dataclasses.replace(kept, **changes)
+
+
+def usable(state: Any) -> Any:
+    """The state, with copies of what inference mode made where it does not hold any more: autograd may not save such
+    tensors, and nothing may write to them."""
+    if state is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return state
+    if isinstance(state, Stream):
+        return state
+    changes: dict[str, Any] = {}
+    for name in _fields(state):
+        value = getattr(state, name)
+        if isinstance(value, KeyValues):
+            if value.buffer.is_inference():
+                changes[name] = value.detach()
+        elif value.is_inference():
+            changes[name] = value.clone()
+    return dataclasses.replace(state, **changes) if changes else state
+
+
+def _fields(state: Any) -> list[str]:
+    names = [field.name for field in dataclasses.fields(state)]
+    return [name for name in names if isinstance(getattr(state, name), Tensor | KeyValues)]
