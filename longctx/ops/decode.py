@@ -66,6 +66,7 @@ def _for_graphs(x_t: Tensor) -> bool:
 
 def step_weights(block: nn.Module, *, recurrence: tuple | None = None, injects: bool = False) -> kernels.StepWeights:
     """The parameters of a pre-norm block, with what `StepWeights` says of DPASSM's and BLADE's own."""
+    block.check_layers()
     norms = (block.attn_norm, block.ffn_norm)
     attn_norm, ffn_norm = ((norm.weight, norm.bias, norm.eps) for norm in norms)
     out, up, down = ((linear.weight, linear.bias) for linear in (block.out_proj, block.ffn_up, block.ffn_down))
