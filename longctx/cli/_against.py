@@ -111,10 +111,11 @@ def show_pairs(
     from longctx.terminal import format as fmt
     from longctx.terminal.against import paired_table, reasons
     from longctx.terminal.console import ascii_only
+    from longctx.terminal.prose import say
     from longctx.terminal.tables import environment_line, notes, one_dtype
 
     plain = ascii_only(console)
-    console.print(environment_line(environment, one_dtype(results)))
+    say(console, environment_line(environment, one_dtype(results)))
     if cells:
         console.print()
         console.print(paired_table(cells, console.width, ascii_only=plain))
@@ -122,7 +123,7 @@ def show_pairs(
     for said in (reasons(cells if len(cells) > 1 else []), notes(results, ascii_only=plain)):
         if len(said):
             console.print()
-            console.print(said)
+            say(console, said)
     if cells:
         console.print()
-        console.print(Text(fmt.plain(sentence(cells)), style="bold"))
+        say(console, Text(fmt.plain(sentence(cells)), style="bold"), indent=0)

@@ -62,20 +62,23 @@ def _show(plan: SweepPlan, command: str) -> None:
     from longctx.terminal import format as fmt
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.planned import planned_notes, planned_tables
+    from longctx.terminal.prose import say
     from longctx.terminal.tables import environment_line
 
     console = result_console()
     dtypes = {planned.cell.dtype for planned in plan.cells}
-    console.print(environment_line(plan.environment, dtypes.pop() if len(dtypes) == 1 else None))
+    say(console, environment_line(plan.environment, dtypes.pop() if len(dtypes) == 1 else None))
     console.print()
     console.print(planned_tables(plan.cells, console.width, ascii_only=ascii_only(console)))
     console.print()
     for line in planned_notes(plan.cells):
-        console.print(line, soft_wrap=True, markup=False)
+        say(console, line)
     counts = Counter(planned.verdict for planned in plan.cells)
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     rounds = f"{plan.rounds} round{'' if plan.rounds == 1 else 's'}"
     free = fmt.memory(plan.free_bytes)
-    console.print(f"{len(plan.cells)} cells in {rounds}: {said}; {free} are free", soft_wrap=True)
-    console.print(Text(BOUND if plan.peaks else NO_PEAKS, style="dim"), soft_wrap=True)
-    console.print(f"nothing was measured; without --dry-run: {fmt.plain(command)}", soft_wrap=True, markup=False)
+    say(console, f"{len(plan.cells)} cells in {rounds}: {said}; {free} are free")
+    say(console, Text(BOUND if plan.peaks else NO_PEAKS, style="dim"))
+    # The command has a line of its own, which can be copied however narrow the screen is.
+    say(console, "nothing was measured; without --dry-run:")
+    console.print(f"  {fmt.plain(command)}", soft_wrap=True, markup=False)

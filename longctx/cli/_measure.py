@@ -53,6 +53,7 @@ def watched(
     """
     from longctx.terminal.console import status_console
     from longctx.terminal.live import sweep_view
+    from longctx.terminal.prose import say
 
     # Drawing from another thread would take time from what is measured in this very process.
     view = (view_for or sweep_view)(status_console(), quiet=quiet, animate=config.isolation == "worker")
@@ -61,7 +62,10 @@ def watched(
             return run(view.update), view
     except KeyboardInterrupt as error:
         for line in _farewell(view, command):
-            view.console.print(line, soft_wrap=True, markup=False)
+            if line.startswith("  "):
+                view.console.print(line, soft_wrap=True, markup=False)
+            else:
+                say(view.console, line)
         raise typer.Exit(interrupt_exit_code(error)) from None
 
 

@@ -19,15 +19,16 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     from longctx.analysis.x_axis import natural_x
     from longctx.terminal.console import ascii_only
     from longctx.terminal.findings import short_form
+    from longctx.terminal.prose import say
     from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranked_by_ratio, ranking_lines
 
     plain = ascii_only(console)
-    console.print(environment_line(environment, one_dtype(results)))
+    say(console, environment_line(environment, one_dtype(results)))
     console.print()
     console.print(mode_tables(results, console.width, ascii_only=plain))
     if len(said := notes(results, ascii_only=plain)):
         console.print()
-        console.print(said)
+        say(console, said)
     for rows in by_mode(results).values():
         x = natural_x(rows)
         if len({x.value(result) for result in rows if result.ok}) > 1:
@@ -41,7 +42,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
         console.print()
         base = "time over Dense's, the median of same-round ratios"
-        console.print(Text(f"Fastest first, {base}:" if ranked_by_ratio(results) else "Fastest first:", style="bold"))
+        say(console, Text(f"Fastest first, {base}:" if ranked_by_ratio(results) else "Fastest first:", style="bold"))
         console.print(ranking)
     if len(said := short_form(results, console.width, ascii_only=plain)):
         console.print()
@@ -53,12 +54,13 @@ def tail(console: Console, view: Any, command: str) -> None:
     from rich.text import Text
 
     from longctx.terminal import format as fmt
+    from longctx.terminal.prose import say
 
     console.print()
     if not view.complete and view.finished.reason:
         missing = len(view.cells) - view.rows
         left = f", {missing} of {len(view.cells)} cells not measured" if missing > 0 else ""
-        console.print(Text(f"not complete: {fmt.plain(view.finished.reason)}{left}", style="yellow"), soft_wrap=True)
+        say(console, Text(f"not complete: {fmt.plain(view.finished.reason)}{left}", style="yellow"))
         if view.path:
             again = f"{command} --output-file {shlex.quote(view.path)} --resume"
             console.print(Text(f"go on:     {fmt.plain(again)}"), soft_wrap=True)

@@ -216,16 +216,17 @@ def _say(word: str, message: str, hint: str | None) -> None:
 
     from longctx.terminal.console import status_console
     from longctx.terminal.format import plain
+    from longctx.terminal.prose import say
 
     console = status_console()
     lines = [plain(line) for line in message.splitlines()] or [""]
     with contextlib.suppress(BrokenPipeError):
         first = Text.assemble((f"{word}:" if lines[0] else word, "bold red"), f" {lines[0]}" if lines[0] else "")
-        console.print(first, soft_wrap=True)
+        say(console, first)
         for line in lines[1:]:
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            say(console, f"  {line}", indent=4)
         if hint:
-            console.print(Text.assemble(("hint:", "bold"), f" {plain(hint)}"), soft_wrap=True)
+            say(console, Text.assemble(("hint:", "bold"), f" {plain(hint)}"))
 
 
 def _bug(error: Exception) -> int:

@@ -144,15 +144,16 @@ def show(comparison: Comparison) -> None:
 
     from longctx.terminal.comparison import comparison_table, environment, legend, notes, settle_lines
     from longctx.terminal.console import ascii_only, result_console
+    from longctx.terminal.prose import broken, say
 
     console = result_console()
     plain = ascii_only(console)
     sections = [
-        legend(comparison),
+        broken(legend(comparison), console.width, indent=6),
         comparison_table(comparison, console.width, ascii_only=plain),
-        notes(comparison),
-        environment(comparison),
-        Text(f"{comparison.sentence}.", style="bold"),
+        broken(notes(comparison), console.width, indent=2),
+        broken(environment(comparison), console.width, indent=4),
+        broken(Text(f"{comparison.sentence}.", style="bold"), console.width),
     ]
     for index, section in enumerate(section for section in sections if section.plain.strip()):
         if index:
@@ -163,4 +164,7 @@ def show(comparison: Comparison) -> None:
         console.print()
     for line in lines:
         # A command is copied as one line, however narrow the screen.
-        console.print(Text(line), soft_wrap=line.startswith("  "))
+        if line.startswith("  "):
+            console.print(Text(line), soft_wrap=True)
+        else:
+            say(console, line)

@@ -121,11 +121,12 @@ def limits(
         from longctx.cli._show import tail
         from longctx.terminal.console import ascii_only, result_console
         from longctx.terminal.limits import limits_text
+        from longctx.terminal.prose import say
         from longctx.terminal.tables import environment_line, one_dtype
 
         console = result_console()
         if results:
-            console.print(environment_line(view.environment, one_dtype(results)))
+            say(console, environment_line(view.environment, one_dtype(results)))
             console.print()
             console.print(limits_text(results, console.width, ascii_only=ascii_only(console)))
         tail(console, view, command)

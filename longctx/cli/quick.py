@@ -105,22 +105,27 @@ def _show(results: list, environment: dict, path: str | None, *, following: str 
     from longctx.terminal import format as fmt
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.findings import summary
+    from longctx.terminal.prose import say
     from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype
 
     console = result_console()
     plain = ascii_only(console)
     length = results[0].sequence_length if results else 0
-    console.print(environment_line(environment, one_dtype(results)))
-    console.print(Text(f"{length:,} tokens, fastest first; `vs` is time over that block's time", style="dim"))
+    say(console, environment_line(environment, one_dtype(results)))
+    say(console, Text(f"{length:,} tokens, fastest first; `vs` is time over that block's time", style="dim"))
     console.print()
     console.print(mode_tables(results, console.width, ascii_only=plain, ranked=True))
     if len(said := notes(results, ascii_only=plain)):
         console.print()
-        console.print(said)
+        say(console, said)
     if len(said := summary(conclude_modes(results), console.width, ascii_only=plain)):
         console.print()
         console.print(said)
     if path:
         console.print(Text(f"results: {fmt.plain(path)}"), soft_wrap=True)
     if following and any(result.ok for result in results):
-        console.print(Text(f"next: {fmt.plain(following)}   (how it scales with length)"), soft_wrap=True)
+        line = f"next: {fmt.plain(following)}   (how it scales with length)"
+        if len(line) > console.width:
+            say(console, "next, how it scales with length:")
+            line = f"  {fmt.plain(following)}"
+        console.print(Text(line), soft_wrap=True)

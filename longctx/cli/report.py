@@ -108,6 +108,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
     from longctx.terminal.findings import summary
     from longctx.terminal.format import plain
     from longctx.terminal.limits import limits_text
+    from longctx.terminal.prose import broken, say
     from longctx.terminal.tables import environment_line, mode_tables, notes, one_dtype, ranked_by_ratio, ranking_lines
 
     console = result_console()
@@ -118,7 +119,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
         if len(runs) > 1:
             console.print(plain(label), style="bold")
         if _of_limits(rows):
-            console.print(environment_line(_environment(rows), one_dtype(rows)))
+            say(console, environment_line(_environment(rows), one_dtype(rows)))
             console.print()
             console.print(limits_text(rows, width, ascii_only=ascii_))
             continue
@@ -132,7 +133,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             extra = None if asked is None else asked.get(mode, [])
             derived += findings(found, width, ascii_only=ascii_, mode=mode if len(modes) > 1 else "", extra=extra)
         sections = [
-            line if line.plain else None,
+            broken(line, width, indent=2),
             mode_tables(rows, width, ascii_only=ascii_),
             _headed(
                 "Fastest first, time against Dense" if ranked_by_ratio(rows) else "Fastest first",
@@ -140,7 +141,7 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             ),
             *(_headed(title, body) for title, body in derived),
             _roofline(rows, width, ascii_only=ascii_),
-            notes(rows, ascii_only=ascii_),
+            broken(notes(rows, ascii_only=ascii_), width, indent=2),
             summary(modes, width, ascii_only=ascii_),
         ]
         shown = [section for section in sections if section is not None and section.plain.strip()]

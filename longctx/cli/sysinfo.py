@@ -16,7 +16,6 @@ from longctx.errors import MissingError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
 ORDER = 60
 PROBE_TIMEOUT_S = 120.0
@@ -91,6 +90,7 @@ def _show_peaks(device: str, *, as_json: bool) -> None:
     from longctx.engine.peaks import cache_path, measure_in_worker
     from longctx.terminal.console import result_console, status_console
     from longctx.terminal.format import memory, number, percent
+    from longctx.terminal.prose import say
     from longctx.terminal.tables import environment_line, facts
 
     status_console().print("measuring for some seconds ...")
@@ -107,7 +107,7 @@ def _show_peaks(device: str, *, as_json: bool) -> None:
     values = {f"{name} products": line(f"{number(rate / 1e12)} TFLOP/s", name) for name, rate in found.flops.items()}
     values["copy"] = line(f"{memory(found.copy_bytes)}/s", "copy")
     console = result_console()
-    console.print(environment_line(environment))
+    say(console, environment_line(environment))
     console.print(facts(values, console.width))
     console.print(f"kept in {cache_path()}", soft_wrap=True)
 
@@ -158,6 +158,7 @@ def _show(
     from rich.text import Text
 
     from longctx.terminal.format import plain
+    from longctx.terminal.prose import say
     from longctx.terminal.tables import facts
 
     flags = devices[0].get("flags", {}) if devices else {}
@@ -178,20 +179,7 @@ def _show(
         line = Text("  ").append(f"{check.level:<8}", style=styles[check.level]).append(f" {plain(check.text)}")
         if check.advice:
             line.append(f": {plain(check.advice)}", style="dim")
-        _hanging(console, line, 11)
-
-
-def _hanging(console: Console, line: Text, indent: int) -> None:
-    """Print `line`, its further lines indented."""
-    from rich.text import Text
-
-    room = max(16, console.width - indent)
-    first, *rest = [line] if line.cell_len <= console.width else line.wrap(console, console.width)
-    console.print(first, soft_wrap=True)
-    remaining = " ".join(part.plain.strip() for part in rest)
-    if remaining:
-        for part in Text(remaining, style="dim").wrap(console, room):
-            console.print(Text(" " * indent).append_text(part), soft_wrap=True)
+        say(console, line, indent=11)
 
 
 def _build(devices: list[dict[str, Any]]) -> dict[str, Any]:

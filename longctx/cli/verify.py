@@ -37,6 +37,7 @@ def verify(
     longctx test --device cuda --dtype bf16 --blocks BLADE DPASSM --verbose
     """
     from longctx.terminal.console import ascii_only, result_console, status_console
+    from longctx.terminal.prose import say
 
     progress = status_console()
     checks, setting = checks_of(requested(blocks), device=device, dtype=dtype, progress=progress)
@@ -50,10 +51,10 @@ def verify(
         console = result_console()
         console.print(table_of(checks, console.width, verbose=verbose, ascii_only=ascii_only(console)))
         for line in failures_of(checks):
-            console.print(line, soft_wrap=True)
+            say(console, line)
         where = f"on {setting['device']} in {setting['dtype']}"
         verdict = f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
-        console.print(f"{verdict} {where}")
+        say(console, f"{verdict} {where}")
     if failed:
         raise typer.Exit(3)
 

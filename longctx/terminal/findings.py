@@ -13,6 +13,7 @@ from longctx.analysis.laws import Law
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.layout import Column, layout
+from longctx.terminal.prose import broken
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -190,22 +191,14 @@ def names(found: Sequence[str], most: int = 3) -> str:
 
 def lined(lines: Iterable[str], width: int, *, ascii_only: bool) -> Text:
     """Lines broken at words into `width`, what goes on indented."""
-    import textwrap
-
-    from rich.text import Text
-
-    broken = [
-        part for line in lines for part in textwrap.wrap(line, max(12, width), subsequent_indent="  ") if part.strip()
-    ]
-    text = "\n".join(broken)
-    return Text(text.encode("ascii", "replace").decode() if ascii_only else text, no_wrap=True, overflow="ignore")
+    text = "\n".join(" ".join(line.split()) for line in lines if line.strip())
+    return broken(text.encode("ascii", "replace").decode() if ascii_only else text, width, indent=2)
 
 
 def summary_text(sentences: Sequence[str], width: int, *, ascii_only: bool = False) -> Text:
     """The sentences as one paragraph."""
-    text = lined([fmt.plain(" ".join(sentences))], width, ascii_only=ascii_only)
-    text.plain = text.plain.replace("\n  ", "\n")
-    return text
+    text = fmt.plain(" ".join(sentences))
+    return broken(text.encode("ascii", "replace").decode() if ascii_only else text, width)
 
 
 def sections(

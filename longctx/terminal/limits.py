@@ -18,6 +18,7 @@ from longctx.terminal import format as fmt
 from longctx.terminal.findings import exponent, kind, law_document, lined, summary_text
 from longctx.terminal.layout import Column, layout
 from longctx.terminal.live import LiveView, PlainView, SweepView
+from longctx.terminal.prose import broken
 from longctx.terminal.tables import notes, status_word
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def limits_text(results: Sequence[BenchmarkResult], width: int, *, ascii_only: b
         if part.ends:
             text.append("\n\n").append_text(lined(part.ends, width, ascii_only=ascii_only))
         if len(said := notes([row for row in part.rows if row.ok], ascii_only=ascii_only)):
-            text.append("\n\n").append_text(said)
+            text.append("\n\n").append_text(broken(said, width, indent=2))
         if part.sentences:
             said = summary_text(part.sentences, width, ascii_only=ascii_only)
             said.stylize("bold")

@@ -34,6 +34,7 @@ from longctx.terminal import format as fmt
 from longctx.terminal.console import ascii_only, cursor_while_stopped
 from longctx.terminal.estimate import Estimate
 from longctx.terminal.layout import Column, layout
+from longctx.terminal.prose import say
 from longctx.terminal.tables import environment_line, gate_error, status_word
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class SweepView:
 
     def say(self, line: Text) -> None:
         """Print a line that stays."""
-        self.console.print(line, soft_wrap=True)
+        say(self.console, line)
 
 
 class PlainView(SweepView):

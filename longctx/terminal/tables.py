@@ -13,6 +13,7 @@ from longctx.analysis.summary import rankings, reason
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.layout import LEAST_NAME_WIDTH, Column, layout
+from longctx.terminal.prose import broken
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -53,8 +54,7 @@ def mode_tables(
         if (layers := {_LAYERS.of(row) for row in rows}) != {1} and len(layers) == 1:
             head = ", ".join(filter(None, [head, _LAYERS.text(rows[0])]))
         if head:
-            lines = textwrap.wrap(fmt.plain(head), max(12, width), subsequent_indent="  ")
-            text.append("\n".join([*lines, ""]), style="bold")
+            text.append(broken(fmt.plain(head), width, indent=2).plain + "\n", style="bold")
         text.append_text(results_table(rows, width, ascii_only=ascii_only, ranked=ranked))
     return text
 
@@ -335,7 +335,7 @@ def facts(values: Mapping[str, Any], width: int, *, indent: int = 2) -> Text:
     room = max(12, width - indent - label_width - 2)
     text = Text(no_wrap=True, overflow="ignore")
     for name, value in words.items():
-        for index, part in enumerate(textwrap.wrap(value, room) or [""]):
+        for index, part in enumerate(textwrap.wrap(value, room, break_on_hyphens=False) or [""]):
             text.append(" " * indent).append(f"{name if index == 0 else '':<{label_width}}  ", style="dim")
             text.append(f"{part}\n")
     text.rstrip()

@@ -125,6 +125,8 @@ def test_warnings_of_the_lengths_stand_under_the_table():
     rows = rows_of("BLADE", 4096, "oom")
     rows[1].warnings = ["memory_grows"]
     assert "memory_grows: BLADE at 2K (every call leaves memory behind" in limits_text(rows, 100).plain
+    narrow = limits_text(rows, 50).plain
+    assert max(map(len, narrow.splitlines())) <= 50 and "memory behind" in " ".join(narrow.split())
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (50, 10)])

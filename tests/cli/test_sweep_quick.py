@@ -100,6 +100,11 @@ def test_quick_ranks_says_what_it_means_and_what_next(call, fake) -> None:
     assert "next: longctx sweep" in result.stdout
 
 
+def test_a_command_that_needs_more_than_a_line_has_one_of_its_own(call, fake) -> None:
+    out = call("quick", "--blocks", "Dense", "BLADE:chunk_size=1024", COLUMNS="50").stdout
+    assert "next, how it scales with length:\n  longctx sweep --blocks Dense BLADE:chunk_size=1024\n" in out
+
+
 def test_quick_saves_when_asked(call, fake) -> None:
     result = call("quick", "--output-file", "here.json")
     assert fake.calls[0][1].save_results
@@ -111,7 +116,7 @@ def test_quick_saves_when_asked(call, fake) -> None:
 def test_no_table_line_is_wider_than_the_screen(call, fake, command: str, width: str) -> None:
     words = ["--blocks", "Dense", "BLADE:chunk_size=1024", "some_package.blocks:AVeryLongNameOfABlockOfMyOwn"]
     result = call(command, *words, COLUMNS=width)
-    free = ("results:", "reproduce:", "next:")
+    free = ("results:", "reproduce:", "next:", "  longctx ")
     too_wide = [x for x in result.stdout.splitlines() if len(x) > int(width) and not x.startswith(free)]
     assert too_wide == []
     assert "…" not in "".join(word for word in result.stdout.split() if word[0].isdigit())

@@ -97,7 +97,9 @@ def test_the_document_and_the_page(call, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(module, "probe", lambda: (facts[:1], None))
     assert call("sysinfo", "--device", "cuda").exit_code == 5
     monkeypatch.setattr(module, "probe", lambda: (facts, None))
-    page = call("sysinfo", "--results-dir", str(tmp_path), COLUMNS="50").stdout
+    # A path stays whole, to be copied.
+    monkeypatch.chdir(tmp_path)
+    page = call("sysinfo", "--results-dir", "results", COLUMNS="50").stdout
     assert "Environment check" in page
     assert "A GPU" in page
     assert "\x1b" not in page

@@ -61,8 +61,14 @@ def test_a_failure_is_named_and_ends_in_three(verify, columns):
     code, out, _, _ = verify(checks=[*FINE, BAD], columns=columns)
     assert code == 3 and "FAILED" in out and "1 of 4 checks failed" in out and "[red]torch" in out
     assert "\x1b" not in out
-    table = out.split("x.py: [31mMine: forward: [red]")[0]
-    assert max(map(len, table.splitlines())) <= columns
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_a_long_reason_breaks_between_words(verify):
+    note = "it needs as many tokens as --max-length says, and a launch-bound cell has none of them"
+    _, out, _, _ = verify(checks=[check("timer", "delay", passed=False, note=note)], columns=50)
+    assert set(note.split()) <= set(out.split())
+    assert max(map(len, out.splitlines())) <= 50
 
 
 def test_the_document_is_strict_json(verify):

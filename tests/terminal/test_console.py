@@ -8,8 +8,10 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from longctx.terminal.console import PIPE_WIDTH, ascii_only, cursor_while_stopped, result_console, status_console
+from longctx.terminal.prose import say
 
 
 class Terminal(io.TextIOWrapper):
@@ -32,6 +34,35 @@ def stream(monkeypatch: pytest.MonkeyPatch):
         return buffer
 
     return replace
+
+
+def lines_on(*, terminal: bool, text: Text | str, stderr: bool = True) -> list[str]:
+    out = io.StringIO()
+    console = Console(
+        file=out, stderr=stderr, width=30, force_terminal=terminal, color_system="standard" if terminal else None
+    )
+    console.file = out
+    say(console, text)
+    return out.getvalue().splitlines()
+
+
+def test_prose_breaks_at_spaces_alone() -> None:
+    said = "add --max-length to a launch-bound run of DPASSM:window_size=128,state_dim=64 and go on"
+    lines = lines_on(terminal=True, text=said)
+    assert " ".join(lines).split() == said.split()
+    assert all(len(line) <= 30 or len(line.split()) == 1 for line in lines)
+    assert all(line.startswith("  ") for line in lines[1:]) and not any(line.endswith(" ") for line in lines)
+    assert lines_on(terminal=False, text=said, stderr=False) == lines
+
+
+def test_a_log_keeps_one_line_for_each_thing_said() -> None:
+    assert lines_on(terminal=False, text="word " * 20 + "end") == ["word " * 20 + "end"]
+
+
+def test_broken_prose_keeps_its_styles() -> None:
+    text = Text.assemble(("failed: ", "red"), "a reason of many words that goes on", style="bold")
+    lines = lines_on(terminal=True, text=text)
+    assert "\x1b[1;31mfailed" in lines[0] and "\x1b[1m" in lines[1]
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", None])
