@@ -13,10 +13,22 @@ from longctx.results import BenchmarkResult, last_results_path, read_results
 def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, list[BenchmarkResult]]:
     """label -> rows of each file in `paths`, or of the newest file under `results_dir` if none is named.
 
-    Rows whose time does not grow get the warning `suspect`, whoever wrote them. A label is the file's stem, with its
-    folder where two stems are alike. Raises ResultsError for a file that cannot be read or holds no rows, and when
-    there is no sweep yet.
+    Rows whose time does not grow get the warning `suspect`, whoever wrote them. Raises ResultsError for a file that
+    cannot be read or holds no rows, and when there is no sweep yet.
     """
+    runs = {}
+    for label, path in run_paths(paths, results_dir=results_dir).items():
+        rows = read_results(path)
+        if not rows:
+            raise ResultsError(f"{path} holds no results", "its sweep ended before the first cell was done")
+        mark_suspects(rows)
+        runs[label] = rows
+    return runs
+
+
+def run_paths(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, Path]:
+    """label -> file, of the files that `load_runs` reads. A label is the file's stem, with its folder where two stems
+    are alike."""
     chosen = [Path(path) for path in paths]
     if not chosen:
         newest = last_results_path(results_dir)
@@ -27,14 +39,7 @@ def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[s
             )
         chosen = [Path(newest)]
     chosen = list(dict.fromkeys(chosen))
-    runs = {}
-    for label, path in zip(_labels(chosen), chosen, strict=True):
-        rows = read_results(path)
-        if not rows:
-            raise ResultsError(f"{path} holds no results", "its sweep ended before the first cell was done")
-        mark_suspects(rows)
-        runs[label] = rows
-    return runs
+    return dict(zip(_labels(chosen), chosen, strict=True))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -54,12 +54,8 @@ def _rounds_in_last_file(pool: Pool) -> int:
 
 def with_rounds(command: str, path: str, rounds: int) -> str | None:
     """`command` so that it brings the file at `path` to `rounds` rounds, None if it is no sweep of ours."""
-    try:
-        # As long as a text can be that was read: its end may be missing.
-        words = shlex.split(command) if len(command) < MAX_TEXT else []
-    except ValueError:
-        return None
-    if len(words) < 2 or words[0] != "longctx" or words[1] not in ("sweep", "comprehensive", "quick"):
+    words = words_of(command)
+    if not words:
         return None
     kept = _without_output(words[2:])
     if words[1] == "quick":
@@ -71,6 +67,17 @@ def with_rounds(command: str, path: str, rounds: int) -> str | None:
         path = os.path.join(os.curdir, path)
     kept += ["--rounds", str(rounds), "--output-file", path, "--resume"]
     return shlex.join(["longctx", "sweep", *kept])
+
+
+def words_of(command: str) -> list[str]:
+    """The words of `command` if it is a sweep of ours, else none."""
+    try:
+        # As long as a text can be that was read: its end may be missing.
+        words = shlex.split(command) if len(command) < MAX_TEXT else []
+    except ValueError:
+        return []
+    ours = words[:1] == ["longctx"] and words[1:2] in (["sweep"], ["comprehensive"], ["quick"])
+    return words if ours else []
 
 
 def _without_output(words: list[str]) -> list[str]:

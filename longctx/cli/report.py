@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,12 @@ from longctx.config import BenchmarkConfig
 from longctx.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.text import Text
 
     from longctx.analysis.crossover import Crossover
+    from longctx.analysis.unfinished import Unfinished
     from longctx.results import BenchmarkResult
 
 ORDER = 31
@@ -49,24 +53,39 @@ def report(
     longctx report run.json --markdown >> pull-request.md
     longctx report run.json --csv | head
     """
-    from longctx.analysis.runs import load_runs
+    from longctx.analysis.runs import load_runs, run_paths
     from longctx.terminal.export import to_csv
 
     if as_json + as_csv + as_markdown > 1:
         raise UsageError("--json, --csv and --markdown are three different documents", "choose one of them")
-    rows = load_runs(runs or (), results_dir=results_dir)
+    # Found once: the newest sweep may be another one a moment later.
+    paths = run_paths(runs or (), results_dir=results_dir)
+    rows = load_runs(list(paths.values()), results_dir=results_dir)
+    left = {label: _left(rows[label], path) for label, path in paths.items()}
     if as_json:
-        typer.echo(json_text(rows, crossover), nl=False)
+        typer.echo(json_text(rows, crossover, left), nl=False)
     elif as_csv:
         typer.echo(to_csv(rows), nl=False)
     elif as_markdown:
-        typer.echo(markdown(rows, crossover), nl=False)
+        typer.echo(markdown(rows, crossover, left), nl=False)
     else:
-        show(rows, crossover)
+        show(rows, crossover, left)
 
 
-def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
-    """One document: an object a run with its label, results, and what was derived from them."""
+def _left(rows: Sequence[BenchmarkResult], path: Path) -> list[Unfinished]:
+    """What the run in the file at `path` lacks; of a search for limits its own tables tell."""
+    from longctx.analysis.unfinished import unfinished
+    from longctx.blocks import names
+
+    return [] if _of_limits(rows) else unfinished(rows, str(path), blocks=names())
+
+
+def json_text(
+    runs: Mapping[str, Sequence[BenchmarkResult]],
+    pair: tuple[str, str] | None = None,
+    left: Mapping[str, Sequence[Unfinished]] | None = None,
+) -> str:
+    """One document: an object a run with its label, results, what was derived from them, and what they lack."""
     from longctx.analysis.paired import judge_saved
     from longctx.terminal.export import document
     from longctx.terminal.limits import limits_document
@@ -75,6 +94,7 @@ def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, st
         {
             "run": label,
             **(limits_document(rows) if _of_limits(rows) else document(rows, crossovers=crossings(rows, pair))),
+            "unfinished": [dataclasses.asdict(each) for each in (left or {}).get(label, ())],
             **({"paired": [cell.to_json() for cell in pairs]} if (pairs := judge_saved(rows)) else {}),
         }
         for label, rows in runs.items()
@@ -82,8 +102,13 @@ def json_text(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, st
     return json.dumps({"runs": found}, indent=2, allow_nan=False) + "\n"
 
 
-def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> str:
-    """The tables of every run, under its label if there are several."""
+def markdown(
+    runs: Mapping[str, Sequence[BenchmarkResult]],
+    pair: tuple[str, str] | None = None,
+    left: Mapping[str, Sequence[Unfinished]] | None = None,
+) -> str:
+    """The tables of every run, under its label if there are several, and what it lacks."""
+    from longctx.terminal.findings import unfinished_lines
     from longctx.terminal.markdown import limits_markdown, markdown_text, to_markdown
     from longctx.terminal.tables import environment_line, one_dtype
 
@@ -95,17 +120,26 @@ def markdown(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str
             parts.append(head + limits_markdown(rows, environment=line))
         else:
             parts.append(head + to_markdown(rows, environment=line, crossovers=crossings(rows, pair)))
+        said = unfinished_lines((left or {}).get(label, ()))
+        parts += [f"{markdown_text(line)}\n" for line, _ in said]
     return "\n".join(parts)
 
 
-def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | None = None) -> None:
-    """Tables, rankings, growth, crossovers, best blocks, problems and a summary of every run on standard output."""
+def show(
+    runs: Mapping[str, Sequence[BenchmarkResult]],
+    pair: tuple[str, str] | None = None,
+    left: Mapping[str, Sequence[Unfinished]] | None = None,
+) -> None:
+    """Tables, rankings, growth, crossovers, best blocks, problems and a summary of every run on standard output, and
+    what it lacks."""
+    from rich.text import Text
+
     from longctx.analysis.conclusions import conclude_modes
     from longctx.analysis.paired import judge_saved
     from longctx.cli._against import show_pairs
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.findings import sections as findings
-    from longctx.terminal.findings import summary
+    from longctx.terminal.findings import summary, unfinished_lines
     from longctx.terminal.format import plain
     from longctx.terminal.limits import limits_text
     from longctx.terminal.prose import broken, say
@@ -149,6 +183,11 @@ def show(runs: Mapping[str, Sequence[BenchmarkResult]], pair: tuple[str, str] | 
             if number:
                 console.print()
             console.print(section)
+        for line, command in unfinished_lines((left or {}).get(label, ())):
+            console.print()
+            say(console, Text(line, style="yellow"))
+            if command:
+                console.print(Text(f"go on: {command}"), soft_wrap=True)
 
 
 def _roofline(rows: Sequence[BenchmarkResult], width: int, *, ascii_only: bool) -> Text | None:

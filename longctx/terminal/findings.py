@@ -10,6 +10,7 @@ from longctx.analysis.conclusions import Conclusions, about, about_range, conclu
 from longctx.analysis.crossover import Crossover
 from longctx.analysis.curves import Growth
 from longctx.analysis.laws import Law
+from longctx.analysis.unfinished import Unfinished
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.layout import Column, layout
@@ -254,6 +255,20 @@ def summary(modes: Mapping[str, Conclusions], width: int, *, ascii_only: bool = 
             text.append_text(summary_text([*said, *found.sentences], width, ascii_only=ascii_only))
     text.stylize("bold")
     return text
+
+
+def unfinished_lines(left: Iterable[Unfinished]) -> list[tuple[str, str]]:
+    """(what is missing, the command that measures it) of each: `not complete: 6 of 9 cells not measured, at 4K, 8K`."""
+    lines = []
+    for each in left:
+        rounds = f"{each.rounds} round{'' if each.rounds == 1 else 's'}"
+        where = f", at {_places(each.lengths)}"
+        said = [f"{each.missing} of {each.cells} cells not measured{where}"] if each.missing else []
+        if each.short:
+            count = f"{each.short} more" if said else f"{each.short} of {each.cells} cells"
+            said.append(f"{count} in fewer than {rounds}{'' if said else where}")
+        lines.append((f"not complete: {'; '.join(said)}", fmt.plain(each.command or "")))
+    return lines
 
 
 # -- documents -----------------------------------------------------------------------------------------------------
