@@ -158,35 +158,37 @@ def best_table(found: Sequence[Best], heads: Mapping[str, str], width: int, *, a
 
     if not found:
         return Text()
+    every = [name for b in found for name in (*b.time, *b.memory, *b.energy, *b.pareto)]
+    short = fmt.short_names(map(fmt.plain, every), 24)
     columns = [
         Column(header="tokens", cells=[fmt.tokens(b.length) for b in found]),
         Column(header="setting", cells=[fmt.plain(b.setting) or fmt.NONE for b in found], right=False, flexible=True),
         *(
-            Column(header=head, cells=[names(getattr(b, field)) for b in found], right=False, flexible=True)
+            Column(header=head, cells=[names(getattr(b, field), short) for b in found], right=False, flexible=True)
             for head, field in heads.items()
         ),
-        Column(header="Pareto set", cells=[names(b.pareto, 6) for b in found], right=False, flexible=True),
+        Column(header="Pareto set", cells=[names(b.pareto, short, 6) for b in found], right=False, flexible=True),
     ]
     columns = [c for c in columns if set(c.cells) != {fmt.NONE}]
     flexible = [c for c in columns if c.flexible]
     fixed = sum(c.natural for c in columns if not c.flexible)
     if fixed + sum(c.natural for c in flexible) + 2 * (len(columns) - 1) > width:
-        return lined(map(_best_line, found), width, ascii_only=ascii_only)
+        return lined((_best_line(b, short) for b in found), width, ascii_only=ascii_only)
     return layout(columns, width, ascii_only=ascii_only)
 
 
-def _best_line(best: Best) -> str:
+def _best_line(best: Best, short: Mapping[str, str]) -> str:
     """The same as one line, for screens that the table does not fit."""
     fields = {"time": best.time, "memory": best.memory, "energy": best.energy, "Pareto": best.pareto}
     head = fmt.tokens(best.length) + (f" ({fmt.plain(best.setting)})" if best.setting else "")
-    return f"{head}: " + "; ".join(f"{name} {names(who, 6)}" for name, who in fields.items() if who)
+    return f"{head}: " + "; ".join(f"{name} {names(who, short, 6)}" for name, who in fields.items() if who)
 
 
-def names(found: Sequence[str], most: int = 3) -> str:
-    """Up to `most` names, the first the best: `Dense, BLADE +2`; `-` of none."""
+def names(found: Sequence[str], short: Mapping[str, str], most: int = 3) -> str:
+    """Up to `most` names as they are in `short`, the first the best: `Dense, BLADE +2`; `-` of none."""
     if not found:
         return fmt.NONE
-    shown = ", ".join(fmt.shorten(fmt.plain(name), 24) for name in found[:most])
+    shown = ", ".join(short[fmt.plain(name)] for name in found[:most])
     return shown + (f" +{len(found) - most}" if len(found) > most else "")
 
 

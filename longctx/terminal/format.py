@@ -7,7 +7,9 @@ not exist. Names may come from files of strangers: `plain` takes away whatever a
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -166,3 +168,35 @@ def shorten(text: str, width: int, *, ellipsis: str = "…") -> str:
     while cell_len(right) > room - cell_len(left):
         right = right[1:]
     return left + ellipsis + right
+
+
+_OPTION = re.compile(r"(?<=[:,\s])\w+=(?=[^\s,])")
+
+
+def short_names(names: Iterable[str], width: int, *, ellipsis: str = "…") -> dict[str, str]:
+    """Each of `names` in at most `width` columns, no two of them alike.
+
+    Where some would be alike, long ones lose what their options are called and keep the values: `DPASSM:128,64`. What
+    that does not tell apart either is numbered.
+    """
+    from rich.cells import cell_len
+
+    names = list(dict.fromkeys(names))
+    short = {name: shorten(name, width, ellipsis=ellipsis) for name in names}
+    # What fits whole may look as another one does when it is shortened, and stays as it is.
+    long = [name for name in names if cell_len(name) > width]
+    if _alike(short):
+        short |= {name: shorten(_OPTION.sub("", name), width, ellipsis=ellipsis) for name in long}
+    taken = set(short.values())
+    for name in (name for name in _alike(short) if name in long):
+        marks = (f"#{number}" for number in range(1, len(names) + 2))
+        said = (shorten(name, max(1, width - len(mark)), ellipsis=ellipsis) + mark for mark in marks)
+        short[name] = next((each for each in said if each not in taken), short[name])
+        taken.add(short[name])
+    return short
+
+
+def _alike(short: dict[str, str]) -> list[str]:
+    """The names whose short form is that of another one too."""
+    counts = Counter(short.values())
+    return [name for name, said in short.items() if counts[said] > 1]

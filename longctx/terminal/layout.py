@@ -81,11 +81,16 @@ def _lines(
     from rich.text import Text
 
     widths = [min(column.natural, room) if column.flexible else column.natural for column in columns]
+    ellipsis = "~" if ascii_only else "…"
+    shown = [
+        fmt.short_names(column.cells, width, ellipsis=ellipsis) if column.flexible else {}
+        for column, width in zip(columns, widths, strict=True)
+    ]
     text = Text(no_wrap=True, overflow="ignore")
 
     def line(cells: Sequence[str], row: int | None) -> None:
         for index, (column, cell, width) in enumerate(zip(columns, cells, widths, strict=True)):
-            cell = fmt.shorten(cell, width, ellipsis="~" if ascii_only else "…") if column.flexible else cell
+            cell = shown[index].get(cell, cell) if row is not None else fmt.shorten(cell, width, ellipsis=ellipsis)
             padding = " " * (width - cell_len(cell))
             style = "bold" if row is None else styles.get((row, column.header), "")
             last = index == len(columns) - 1
@@ -108,12 +113,12 @@ def _stacked(columns: Sequence[Column], width: int, *, ascii_only: bool) -> Text
     ellipsis = "~" if ascii_only else "…"
     text = Text(no_wrap=True, overflow="ignore")
     label_width = max(len(column.header) for column in columns)
+    room = max(LEAST_NAME_WIDTH, width - label_width - 1)
+    shown = [fmt.short_names(c.cells, room, ellipsis=ellipsis) if c.flexible else {} for c in columns]
     for row in range(len(columns[0].cells)):
         text.append("\n" if row else "")
-        for column in columns:
-            cell = column.cells[row]
-            if column.flexible:
-                cell = fmt.shorten(cell, max(LEAST_NAME_WIDTH, width - label_width - 1), ellipsis=ellipsis)
+        for column, short in zip(columns, shown, strict=True):
+            cell = short.get(column.cells[row], column.cells[row])
             if cell not in ("", fmt.NONE):
                 text.append(f"{column.header:<{label_width}} ", style="dim").append(f"{cell}\n")
     text.rstrip()

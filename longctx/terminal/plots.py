@@ -17,7 +17,19 @@ from longctx.analysis.curves import Curve, growth
 from longctx.analysis.series import Missing, Series, collect, metric_for
 from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
-from longctx.terminal.format import BYTES, ENERGIES, FLOP_RATES, RATES, SECONDS, Unit, number, plain, shorten, tokens
+from longctx.terminal.format import (
+    BYTES,
+    ENERGIES,
+    FLOP_RATES,
+    RATES,
+    SECONDS,
+    Unit,
+    number,
+    plain,
+    short_names,
+    shorten,
+    tokens,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -333,7 +345,8 @@ def _bars(curves: Sequence[_Curve], scale: float, width: int) -> Text:
 
     values = [curve.points[-1][1] / scale for curve in curves]
     labels = [number(value) for value in values]
-    names = [shorten(curve.name, max(8, width // 3)) for curve in curves]
+    short = short_names((curve.name for curve in curves), max(8, width // 3))
+    names = [short[curve.name] for curve in curves]
     left, right = max(map(len, names)), max(map(len, labels))
     room = max(4, width - left - right - 3)
     lines = [

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from longctx.analysis.ranking import BASE, ratio_to
+from longctx.analysis.ranking import BASE, Ranked, ratio_to
 from longctx.analysis.settings import AXES, Axis, by_mode, class_of, in_words, varying
 from longctx.analysis.statistics import positive, spread_between, spread_within
 from longctx.analysis.summary import rankings, reason
@@ -271,6 +271,10 @@ def ranking_lines(results: Sequence[BenchmarkResult], width: int, *, ascii_only:
     label_width = max((len(fmt.tokens(group.length)) for group in groups), default=0)
     settings = list(dict.fromkeys(group.setting for group in groups))
     said = ""
+    figures = [_ranked_figure(row) for group in groups for row in group.rows]
+    room = max(LEAST_NAME_WIDTH, width - label_width - 2 - max(map(len, figures), default=0) - 2)
+    names = [fmt.plain(row.result.block_name) for group in groups for row in group.rows]
+    short = fmt.short_names(names, room, ellipsis="~" if ascii_only else "…")
     for group in sorted(groups, key=lambda group: settings.index(group.setting)):
         if group.setting != said:
             said = group.setting
@@ -279,10 +283,7 @@ def ranking_lines(results: Sequence[BenchmarkResult], width: int, *, ascii_only:
         text.append(f"{label:>{label_width}}  ", style="bold")
         used = indent = label_width + 2
         for index, row in enumerate(group.rows):
-            figure = fmt.ratio(row.ratio.value) if row.ratio else fmt.duration(row.result.time_s)
-            room = max(LEAST_NAME_WIDTH, width - indent - len(figure) - 2)
-            name = fmt.shorten(fmt.plain(row.result.block_name), room, ellipsis="~" if ascii_only else "…")
-            entry = f"{name} {figure}"
+            entry = f"{short[fmt.plain(row.result.block_name)]} {_ranked_figure(row)}"
             last = index == len(group.rows) - 1
             size = cell_len(entry) + (0 if last else 1)
             if used > indent and used + 1 + size > width:
@@ -296,6 +297,10 @@ def ranking_lines(results: Sequence[BenchmarkResult], width: int, *, ascii_only:
         text.append("\n")
     text.rstrip()
     return text
+
+
+def _ranked_figure(row: Ranked) -> str:
+    return fmt.ratio(row.ratio.value) if row.ratio else fmt.duration(row.result.time_s)
 
 
 def one_dtype(results: Sequence[BenchmarkResult]) -> str | None:

@@ -77,3 +77,26 @@ def test_a_shortened_name_fits_and_keeps_both_ends(width: int) -> None:
         if width >= 6:
             assert (short[0], short[-1]) == (name[0], name[-1])
     assert fmt.shorten("short", 5) == "short"
+
+
+@pytest.mark.parametrize("width", [8, 12, 18, 24])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"DPASSM:window_size={w},state_dim={s}" for w in (128, 256) for s in (32, 64)],
+        ["DPASSM:window_size=128 forward", "DPASSM:window_size=256 forward", "Dense forward"],
+        ["some.package:ABlockOfMine", "some.paxxage:ABlockOfMine", "some.p…kOfMine", "Dense"],
+        [f"Block:alpha=1,beta={i},gamma=3" for i in range(30)],
+    ],
+)
+def test_short_names_fit_and_stay_apart(names: list[str], width: int) -> None:
+    short = fmt.short_names(names, width)
+    assert list(short) == names and len(set(short.values())) == len(names)
+    assert all(len(said) <= width for said in short.values())
+    assert all(short[name] == name for name in names if len(name) <= width)
+
+
+def test_names_that_would_be_alike_keep_their_values() -> None:
+    names = ["DPASSM:window_size=128,state_dim=64", "DPASSM:window_size=256,state_dim=64", "Dense"]
+    assert list(fmt.short_names(names, 14).values()) == ["DPASSM:128,64", "DPASSM:256,64", "Dense"]
+    assert fmt.short_names(["BLADE:chunk_size=256"], 14) == {"BLADE:chunk_size=256": "BLADE:c…ze=256"}

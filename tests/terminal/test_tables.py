@@ -206,6 +206,17 @@ def test_layout_pads_wide_characters_by_their_cells() -> None:
     assert [cell_len(line) for line in text] == [9, 9, 9]
 
 
+@pytest.mark.parametrize("width", [80, 50, 40, 20])
+def test_two_settings_of_a_block_are_told_apart_on_every_screen(width: int) -> None:
+    names = [f"DPASSM:window_size={window},state_dim={state}" for window in (128, 256) for state in (32, 64)]
+    rows = [row(name, 1024, 0.01 * (i + 1)) for i, name in enumerate(names)]
+    table = results_table(rows, width).plain
+    shown = re.findall(r"DP\S+", table)
+    assert len(set(shown)) == len(names), table
+    ranked = ranking_lines(rows, width).plain
+    assert len(set(re.findall(r"DP\S+", ranked))) == len(names), ranked
+
+
 def test_environment_line_takes_whatever_is_known() -> None:
     assert environment_line({}).plain == ""
     line = environment_line({"gpu": "GPU\x1b[0m", "torch": "2.8", "driver": "580", "flags": None}, "bf16").plain
