@@ -25,6 +25,7 @@ class RoofPoint:
     least_s: float | None
     fraction: float | None
     """least_s over the time: 1 is the roof itself."""
+    row: BenchmarkResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ def roof_points(results: Iterable[BenchmarkResult]) -> list[RoofPoint]:
                 time_s=time_s,
                 least_s=fraction and fraction * time_s,
                 fraction=fraction,
+                row=row,
             )
         )
     return points

@@ -183,6 +183,20 @@ def collect(
     return curves, sorted(missing.values(), key=lambda m: (m.x or 0.0, m.name))
 
 
+def places_of(runs: Mapping[str, Iterable[BenchmarkResult]], x: XAxis = LENGTH) -> dict[int, int]:
+    """id of each row of `runs` -> place of its curve among all of them, in the order of the rows.
+
+    A block has one place in all modes, whether or not it has a figure there: pictures of one output then agree on what
+    its curve looks like.
+    """
+    rows = [(label, result) for label, results in runs.items() for result in results]
+    names = _Names([result for _, result in rows], x)
+    names.axes = without(names.axes, ("mode",))
+    named = [names.of(result, label) for label, result in rows]
+    places = {name: place for place, name in enumerate(dict.fromkeys(named))}
+    return {id(result): places[name] for (_, result), name in zip(rows, named, strict=True)}
+
+
 def names_of(results: Iterable[BenchmarkResult]) -> list[str]:
     """The curve that each row belongs to: its block, with whatever differs between the rows added to it."""
     results = list(results)

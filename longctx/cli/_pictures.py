@@ -30,7 +30,7 @@ def draw(
     from longctx.terminal.plots import scaling_plot
     from longctx.terminal.roofline import roofline_plot
 
-    size = {"width": width, "height": height, "ascii_only": ascii_only}
+    size = {"width": width, "height": height, "ascii_only": ascii_only, "places": _places(rows, x)}
     drawn = []
     for runs, found, axis in _modes(rows, x):
         for name in metrics:
@@ -47,13 +47,16 @@ def figure_panels(
     """The same for a figure."""
     from longctx.terminal.figures import Panel
 
-    panels = []
+    panels, places = [], _places(rows, x)
     for runs, found, axis in _modes(rows, x):
         for name in metrics:
             if name == ROOFLINE:
-                panels += [Panel(metric=name, runs={"": g}, roof=roof, title=title) for title, g, roof in _roofs(found)]
+                panels += [
+                    Panel(metric=name, runs={"": group}, roof=roof, title=title, places=places)
+                    for title, group, roof in _roofs(found)
+                ]
             else:
-                panels.append(Panel(metric=name, runs=runs, x=axis))
+                panels.append(Panel(metric=name, runs=runs, x=axis, places=places))
     return panels
 
 
@@ -63,6 +66,15 @@ def machines_line(rows: Mapping[str, Sequence[BenchmarkResult]]) -> str:
 
     lines = (environment_line(row.environment, row.dtype).plain for each in rows.values() for row in each)
     return "; ".join(dict.fromkeys(filter(None, lines)))
+
+
+def _places(rows: Mapping[str, Sequence[BenchmarkResult]], x: str | None) -> dict[int, int]:
+    """What `scaling_plot` takes as `places`, of all rows that are drawn."""
+    from longctx.analysis.series import places_of
+    from longctx.analysis.x_axis import LENGTH
+
+    axes = {axis.name: axis for _, _, axis in _modes(rows, x)}
+    return places_of(rows, axes.popitem()[1] if len(axes) == 1 else LENGTH)
 
 
 def _modes(

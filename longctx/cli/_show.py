@@ -15,6 +15,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     """Environment, tables, notes, scaling plots and ranking of a finished sweep."""
     from rich.text import Text
 
+    from longctx.analysis.series import places_of
     from longctx.analysis.settings import by_mode
     from longctx.analysis.x_axis import natural_x
     from longctx.terminal.console import ascii_only
@@ -29,6 +30,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
     if len(said := notes(results, ascii_only=plain)):
         console.print()
         say(console, said)
+    places = places_of({"": results}, natural_x(results))
     for rows in by_mode(results).values():
         x = natural_x(rows)
         if len({x.value(result) for result in rows if result.ok}) > 1:
@@ -37,7 +39,7 @@ def show(console: Console, results: list[BenchmarkResult], environment: dict[str
             width, height = plot_size(console.width)
             color = console.is_terminal and not console.no_color
             console.print()
-            look = {"width": width, "height": height, "color": color, "ascii_only": plain}
+            look = {"width": width, "height": height, "color": color, "ascii_only": plain, "places": places}
             console.print(scaling_plot(rows, metric="time", x=x, **look))
     if len(ranking := ranking_lines(results, console.width, ascii_only=plain)):
         console.print()

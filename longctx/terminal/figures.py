@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.roofline import Roof, roof_points
-from longctx.analysis.series import Series, collect, metric_for
+from longctx.analysis.series import Series, collect, metric_for, places_of
 from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.errors import MissingError, ResultsError
 from longctx.results import BenchmarkResult
@@ -37,13 +37,20 @@ LINES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One metric of one mode. roof: of a roofline, whose rows are of one number format."""
+    """One metric of one mode. roof: of a roofline, whose rows are of one number format. places: as `places_of` has them
+    of the rows of all panels."""
 
     metric: str
     runs: Mapping[str, Sequence[BenchmarkResult]]
     x: XAxis = field(default=LENGTH)
     roof: Roof | None = None
     title: str = ""
+    places: Mapping[int, int] | None = None
+
+    def look(self, row: BenchmarkResult) -> dict[str, Any]:
+        """Colour, marker and line of the curve that `row` is of."""
+        places = places_of(self.runs, self.x) if self.places is None else self.places
+        return _look(places[id(row)])
 
 
 def check_matplotlib() -> None:
@@ -123,9 +130,10 @@ def _curves(panel: Panel, axes: Axes) -> None:
     curves, missing = collect(panel.runs, metric, panel.x)
     unit = unit_of(metric.kind, [value for curve in curves for _, value in curve.points])
     places = sorted({place for curve in curves for place, _ in curve.points})
-    for index, curve in enumerate(curves):
+    for curve in curves:
+        look = panel.look(next(iter(curve.rows.values())))
         xs, ys = [place for place, _ in curve.points], [value / unit.size for _, value in curve.points]
-        axes.errorbar(xs, ys, yerr=_errors(curve, unit), capsize=2, label=_label(curve.name), **_look(index))
+        axes.errorbar(xs, ys, yerr=_errors(curve, unit), capsize=2, label=_label(curve.name), **look)
     if curves:
         _log_axes(axes)
         axes.set_xticks(places, [_place(panel.x, place) for place in places], minor=False)
@@ -181,8 +189,9 @@ def _roofline(panel: Panel, axes: Axes) -> None:
     low, high = min(xs) / 1.3, max(*xs, roof.ridge) * 1.3
     corners = [low, roof.ridge, high]
     axes.plot(corners, [roof.at(x) / unit.size for x in corners], color="0.3", linewidth=1.5, label="roof, measured")
-    for index, (name, trail) in enumerate(named.items()):
-        axes.plot([p.intensity for p in trail], [p.rate / unit.size for p in trail], label=_label(name), **_look(index))
+    for name, trail in named.items():
+        look = panel.look(trail[-1].row)
+        axes.plot([p.intensity for p in trail], [p.rate / unit.size for p in trail], label=_label(name), **look)
         axes.annotate(tokens(trail[-1].length), (trail[-1].intensity, trail[-1].rate / unit.size), fontsize=5)
     _log_axes(axes)
     axes.set_title(panel.title or "Roofline", fontsize=8)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longctx.analysis.curves import Curve, growth
-from longctx.analysis.series import Missing, Series, collect, metric_for
+from longctx.analysis.series import Missing, Series, collect, metric_for, places_of
 from longctx.analysis.x_axis import LENGTH, XAxis
 from longctx.results import BenchmarkResult
 from longctx.terminal.format import (
@@ -62,8 +62,8 @@ _ASCII = str.maketrans("─│┃┌┐└┘├┤┬┴┼·●■▲◆○□
 
 
 @dataclass(kw_only=True)
-class _Curve(Series):
-    """A curve with its look: a block keeps marker and colour in all five pictures."""
+class StyledCurve(Series):
+    """A curve with its look: a block keeps marker and colour in all pictures of one output."""
 
     marker: str
     color: str
@@ -101,13 +101,15 @@ def scaling_plot(
     width: int,
     height: int,
     x: XAxis = LENGTH,
+    places: Mapping[int, int] | None = None,
     title: str | None = None,
     color: bool = True,
     ascii_only: bool = False,
 ) -> PlotText:
     """Draw `metric` (time, throughput, memory, memory-per-token, scaling) over sequence length, or another `x`.
 
-    results: the rows of a run, or of several under a label each, which are then laid over each other. Rows
+    results: the rows of a run, or of several under a label each, which are then laid over each other. places: as
+    `places_of` has them of all rows that are drawn, where there are other pictures beside this one. Rows
     without a figure are named in the caption. One length alone is drawn as bars; under 40 columns a table
     takes the place of the picture. Names and labels are shown as plain text whatever they hold.
     """
@@ -117,7 +119,8 @@ def scaling_plot(
     chosen = metric_for(metric, [row for rows in runs.values() for row in rows])
     curves, missing = collect(runs, chosen, x)
     over_length = x.name == LENGTH.name
-    looks = [styled(index, curve) for index, curve in enumerate(curves)]
+    places = places_of(runs, x) if places is None else places
+    looks = [styled(places[id(next(iter(curve.rows.values())))], curve) for curve in curves]
     curves = sorted(looks, key=lambda curve: (-curve.points[-1][0], -curve.points[-1][1]))
     unit = unit_of(chosen.kind, [value for curve in curves for _, value in curve.points])
     scale = unit.size
@@ -155,8 +158,8 @@ def _name(text: object) -> str:
     return shorten(plain(text), NAME_WIDTH)
 
 
-def styled(index: int, curve: Series) -> _Curve:
-    return _Curve(
+def styled(index: int, curve: Series) -> StyledCurve:
+    return StyledCurve(
         name=_name(curve.name),
         points=curve.points,
         intervals=curve.intervals,
@@ -167,7 +170,7 @@ def styled(index: int, curve: Series) -> _Curve:
 
 
 def _draw(
-    curves: Sequence[_Curve],
+    curves: Sequence[StyledCurve],
     lengths: Sequence[int],
     scale: float,
     width: int,
@@ -295,7 +298,7 @@ def _x_ticks(lengths: Sequence[float], limits: tuple[float, float], columns: int
 
 
 def _legend(
-    curves: Sequence[_Curve], scale: float, width: int, *, x: XAxis, slopes: bool, bars: bool, color: bool
+    curves: Sequence[StyledCurve], scale: float, width: int, *, x: XAxis, slopes: bool, bars: bool, color: bool
 ) -> Text:
     """Marker, name and last value of every curve, as they end from top to bottom; entries are not broken."""
     from rich.text import Text
@@ -339,7 +342,7 @@ def packed(entries: Sequence[Text], width: int) -> Text:
     return legend
 
 
-def _bars(curves: Sequence[_Curve], scale: float, width: int) -> Text:
+def _bars(curves: Sequence[StyledCurve], scale: float, width: int) -> Text:
     """One length: a bar a block, longest value first, from zero."""
     from rich.text import Text
 
@@ -356,7 +359,7 @@ def _bars(curves: Sequence[_Curve], scale: float, width: int) -> Text:
     return Text("\n".join(lines), no_wrap=True)
 
 
-def _table(curves: Sequence[_Curve], lengths: Sequence[float], scale: float, x: XAxis) -> Text:
+def _table(curves: Sequence[StyledCurve], lengths: Sequence[float], scale: float, x: XAxis) -> Text:
     """The figures in place of a picture, for a screen too narrow to draw on."""
     from rich.text import Text
 

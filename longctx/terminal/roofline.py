@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longctx.analysis.roofline import Roof, RoofPoint, longest_points, roof_points
-from longctx.analysis.series import Series
+from longctx.analysis.series import Series, places_of
 from longctx.results import BenchmarkResult
 from longctx.terminal import format as fmt
 from longctx.terminal.format import FLOP_RATES, Unit
 from longctx.terminal.layout import Column, layout
-from longctx.terminal.plots import COLOR_CODES, MIN_WIDTH, PlotText, packed, padded, styled, to_ascii, value_ticks
+from longctx.terminal.plots import (
+    COLOR_CODES,
+    MIN_WIDTH,
+    PlotText,
+    StyledCurve,
+    packed,
+    padded,
+    styled,
+    to_ascii,
+    value_ticks,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+Trails = dict[str, list[RoofPoint]]
+"""The points of each curve by its name, the shortest length first."""
 ROOF = "▀"
 ROOFLINE_HEAD = "Roofline at the longest length: what the work needs at least, and the part of it reached"
 _ROOF_CODE = 8
@@ -28,19 +40,21 @@ def roofline_plot(
     *,
     width: int,
     height: int,
+    places: Mapping[int, int] | None = None,
     title: str = "Roofline",
     color: bool = True,
     ascii_only: bool = False,
 ) -> PlotText:
     """Rate over intensity, each block's lengths as a trail that ends in its marker at the longest.
 
-    results: rows of one number format, that of `roof`. Under 40 columns a table takes the place of the picture.
+    results: rows of one number format, that of `roof`. places: as `scaling_plot` takes them. Under 40 columns a table
+    takes the place of the picture.
     """
     from rich.text import Text
 
     points = roof_points(results)
     unit = next((u for u in FLOP_RATES if roof.flops >= u.size), FLOP_RATES[-1])
-    named: dict[str, list[RoofPoint]] = {}
+    named: Trails = {}
     for point in sorted(points, key=lambda point: point.length):
         named.setdefault(point.name, []).append(point)
     heading = f"{title}: {unit.name} over FLOP/byte"
@@ -50,8 +64,9 @@ def roofline_plot(
     if named and width < MIN_WIDTH:
         body = roofline_table(results, width, ascii_only=ascii_only)
     elif named:
-        body = Text.from_ansi(_draw(named, roof, unit, width, max(height, 8), color=color), no_wrap=True)
-        legend = _legend(named, unit, width, color=color)
+        looks = _looks(named, places_of({"": results}) if places is None else places)
+        body = Text.from_ansi(_draw(named, looks, roof, unit, width, max(height, 8), color=color), no_wrap=True)
+        legend = _legend(named, looks, unit, width, color=color)
     parts = {"title": Text(heading, style="bold"), "body": body, "legend": legend, "caption": Text(caption)}
     if ascii_only:
         # The roof must stay apart from the frame.
@@ -59,7 +74,9 @@ def roofline_plot(
     return PlotText(**parts)
 
 
-def _draw(named: dict[str, list[RoofPoint]], roof: Roof, unit: Unit, width: int, height: int, *, color: bool) -> str:
+def _draw(
+    named: Trails, looks: Mapping[str, StyledCurve], roof: Roof, unit: Unit, width: int, height: int, *, color: bool
+) -> str:
     import plotext
 
     points = [point for trail in named.values() for point in trail]
@@ -78,7 +95,6 @@ def _draw(named: dict[str, list[RoofPoint]], roof: Roof, unit: Unit, width: int,
     heights = [math.log10(roof.at(10**x) / unit.size) for x in corners]
     marker = plotext.marker(ROOF, _ROOF_CODE if color else None)
     figure.draw(figure.signal(corners, heights, marker=marker).lines())
-    looks = _looks(named)
     for layer in ("trail", "end"):
         for name, trail in named.items():
             code = COLOR_CODES[looks[name].color] if color else None
@@ -95,14 +111,14 @@ def _draw(named: dict[str, list[RoofPoint]], roof: Roof, unit: Unit, width: int,
     return figure.build().string().rstrip("\n")
 
 
-def _looks(named: dict[str, list[RoofPoint]]):
-    return {name: styled(index, Series(name=name)) for index, name in enumerate(named)}
+def _looks(named: Trails, places: Mapping[int, int]) -> dict[str, StyledCurve]:
+    return {name: styled(places[id(trail[-1].row)], Series(name=name)) for name, trail in named.items()}
 
 
-def _legend(named: dict[str, list[RoofPoint]], unit: Unit, width: int, *, color: bool) -> Text:
+def _legend(named: Trails, looks: Mapping[str, StyledCurve], unit: Unit, width: int, *, color: bool) -> Text:
     from rich.text import Text
 
-    looks, entries = _looks(named), []
+    entries = []
     for name, trail in sorted(named.items(), key=lambda item: -item[1][-1].rate):
         last = trail[-1]
         words = f" {looks[name].name} {fmt.number(last.rate / unit.size)} at {fmt.tokens(last.length)}"

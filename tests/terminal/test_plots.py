@@ -1,6 +1,7 @@
 """The pictures: what they show, and that nothing a file can hold ends the process."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,11 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from longctx.analysis.roofline import Roof
+from longctx.analysis.series import places_of
 from longctx.results import BenchmarkResult
 from longctx.terminal.plots import MARKERS, plot_size, scaling_plot, to_ascii, value_ticks
+from longctx.terminal.roofline import roofline_plot
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 METRICS = ("time", "throughput", "memory", "memory-per-token", "scaling")
@@ -57,6 +61,35 @@ def test_curves_keep_their_marker_and_are_listed_as_they_end():
     rate = scaling_plot(run()[:-1], metric="throughput", width=80, height=16)
     assert "● BLADE" in time.legend.plain and "● BLADE" in rate.legend.plain
     assert "■ Dense 671 at 8K" in time.legend.plain
+
+
+def marks(picture):
+    """Name of a curve -> what stands before it in the legend."""
+    return {found[2]: found[1] for found in re.finditer(r"(\S) ([A-Z]\w+)", picture.legend.plain)}
+
+
+def test_a_block_has_one_marker_in_all_pictures_of_an_output():
+    forward = [row(name, length, length * 1e-5) for name in ("Dense", "Mine", "BLADE") for length in LENGTHS]
+    # Mine has no step.
+    decode = [
+        row(name, length, 1e-3 + length * 1e-9, mode="decode", flops=1e9, bytes=1e6)
+        for name in ("BLADE", "Dense")
+        for length in LENGTHS
+    ]
+    look = {"width": 80, "height": 16, "places": places_of({"": [*forward, *decode]})}
+    every = marks(scaling_plot(forward, metric="time", **look))
+    assert len(set(every.values())) == 3
+    some = {name: every[name] for name in ("BLADE", "Dense")}
+    assert marks(scaling_plot(decode, metric="time", **look)) == some
+    assert marks(roofline_plot(decode, Roof(flops=1e13, bytes=1e11), **look)) == some
+
+
+def test_a_block_without_a_figure_moves_no_other_marker():
+    rows = [row(name, length, length * 1e-5) for name in ("Dense", "Mine", "BLADE") for length in LENGTHS]
+    for each in rows:
+        each.joules_per_token = 1e-3 if each.block_name != "Mine" else None
+    time, energy = (marks(scaling_plot(rows, metric=name, width=80, height=16)) for name in ("time", "energy"))
+    assert energy == {name: time[name] for name in ("Dense", "BLADE")}
 
 
 def test_scaling_shows_slopes_and_references():
