@@ -14,26 +14,31 @@ if TYPE_CHECKING:
     from longctx.terminal.figures import Panel
     from longctx.terminal.plots import PlotText
 
+PUBLISHED = ("time", "throughput", "memory", "memory-per-token", "scaling")
 ROOFLINE = "roofline"
 
 
 def draw(
     rows: Mapping[str, Sequence[BenchmarkResult]],
-    metrics: Sequence[str],
+    metrics: Sequence[str] | None,
     width: int,
     height: int,
     *,
     x: str | None,
+    most: int | None = None,
     ascii_only: bool = False,
 ) -> list[PlotText]:
-    """Every metric of every mode: times of two modes have no picture in common. A roofline has number formats apart."""
+    """Every metric of every mode: times of two modes have no picture in common. A roofline has number formats apart.
+
+    metrics: None for the published ones that can be drawn, `most` of them in each mode.
+    """
     from longctx.terminal.plots import scaling_plot
     from longctx.terminal.roofline import roofline_plot
 
     size = {"width": width, "height": height, "ascii_only": ascii_only, "places": _places(rows, x)}
     drawn = []
     for runs, found, axis in _modes(rows, x):
-        for name in metrics:
+        for name in _chosen(runs, axis, metrics)[:most]:
             if name == ROOFLINE:
                 drawn += [roofline_plot(group, roof, title=title, **size) for title, group, roof in _roofs(found)]
             else:
@@ -42,14 +47,14 @@ def draw(
 
 
 def figure_panels(
-    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], *, x: str | None
+    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str] | None, *, x: str | None
 ) -> list[Panel]:
     """The same for a figure."""
     from longctx.terminal.figures import Panel
 
     panels, places = [], _places(rows, x)
     for runs, found, axis in _modes(rows, x):
-        for name in metrics:
+        for name in _chosen(runs, axis, metrics):
             if name == ROOFLINE:
                 panels += [
                     Panel(metric=name, runs={"": group}, roof=roof, title=title, places=places)
@@ -58,6 +63,16 @@ def figure_panels(
             else:
                 panels.append(Panel(metric=name, runs=runs, x=axis, places=places))
     return panels
+
+
+def _chosen(runs: Mapping[str, Sequence[BenchmarkResult]], x: XAxis, metrics: Sequence[str] | None) -> Sequence[str]:
+    """The pictures asked for; if none were, those that have something to draw, else one that says why there is none."""
+    from longctx.analysis.series import collect, metric_for
+
+    if metrics is not None:
+        return metrics
+    rows = [row for each in runs.values() for row in each]
+    return [name for name in PUBLISHED if collect(runs, metric_for(name, rows), x)[0]] or PUBLISHED[:1]
 
 
 def machines_line(rows: Mapping[str, Sequence[BenchmarkResult]]) -> str:

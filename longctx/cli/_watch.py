@@ -18,9 +18,10 @@ LOOK_S = 0.5
 
 
 def watch_file(
-    runs: Sequence[str], metrics: Sequence[str], *, save: Path | None, x: str | None, results_dir: str
+    runs: Sequence[str], metrics: Sequence[str] | None, *, save: Path | None, x: str | None, results_dir: str
 ) -> None:
-    """Draw the one file of `runs`, or the newest sweep, until its sweep is over; Ctrl-C ends it too.
+    """Draw the one file of `runs`, or the newest sweep, until its sweep is over; Ctrl-C ends it too. metrics: None for
+    the first picture that can be drawn.
 
     Raises UsageError where there is no terminal to draw on again and again.
     """
@@ -66,7 +67,7 @@ def _date(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_ino
 
 
-def _picture(path: Path, metrics: Sequence[str], x: str | None, *, over: bool) -> Group:
+def _picture(path: Path, metrics: Sequence[str] | None, x: str | None, *, over: bool) -> Group:
     """The pictures that fit on the screen, and a line that says how far the sweep is."""
     from rich.console import Group
     from rich.text import Text
@@ -82,7 +83,10 @@ def _picture(path: Path, metrics: Sequence[str], x: str | None, *, over: bool) -
         return Group(Text(f"{plain(path)}: nothing is saved yet"))
     rows = load_runs([path], results_dir=".")
     width, height = plot_size(console.width)
-    pictures = draw(rows, metrics, width, min(height, max(6, console.height - 8)), x=x, ascii_only=ascii_only(console))
+    height = min(height, max(6, console.height - 8))
+    pictures = draw(
+        rows, metrics, width, height, x=x, most=1 if metrics is None else None, ascii_only=ascii_only(console)
+    )
     count = sum(map(len, rows.values()))
     words = "the sweep is over" if over else f"at {time.strftime('%H:%M:%S')}, goes on; Ctrl-C ends the watching only"
     last = Text(f"{plain(path)}: {count} row{'' if count == 1 else 's'}, {words}", style="dim")

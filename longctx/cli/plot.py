@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longctx.cli import options
+from longctx.cli._pictures import PUBLISHED
 from longctx.config import BenchmarkConfig
 from longctx.errors import ResultsError, UsageError
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from longctx.results import BenchmarkResult
 
 ORDER = 30
-PUBLISHED = ("time", "throughput", "memory", "memory-per-token", "scaling")
 METRICS = (*PUBLISHED, "tflops", "energy", "roofline")
 SAVE_WIDTH = 100
 
@@ -39,7 +39,7 @@ def plot(
             metavar="NAME...",
             help=f"One or several of {', '.join(METRICS)}.",
             autocompletion=_complete_metrics,
-            show_default="the first five",
+            show_default="those of the first five that can be drawn",
         ),
     ] = None,
     x: Annotated[
@@ -77,11 +77,11 @@ def plot(
     """
     from longctx.analysis.runs import load_runs
 
-    metrics = check_metrics(metric or PUBLISHED)
+    metrics = check_metrics(metric) if metric else None
     if watch:
         from longctx.cli._watch import watch_file
 
-        watch_file(runs or (), metrics[:1] if metric is None else metrics, save=save, x=x, results_dir=results_dir)
+        watch_file(runs or (), metrics, save=save, x=x, results_dir=results_dir)
         return
     if save is not None:
         check_target(save, force=force)
@@ -111,9 +111,9 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def show_pictures(
-    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], *, x: str | None = None
+    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str] | None, *, x: str | None = None
 ) -> None:
-    """The pictures on standard output, as wide as it is. x: as `--x`."""
+    """The pictures on standard output, as wide as it is. metrics: as `draw` takes them. x: as `--x`."""
     from longctx.cli._pictures import draw
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.plots import plot_size
@@ -128,7 +128,7 @@ def show_pictures(
 
 
 def save_pictures(
-    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str], path: Path, *, x: str | None = None
+    rows: Mapping[str, Sequence[BenchmarkResult]], metrics: Sequence[str] | None, path: Path, *, x: str | None = None
 ) -> None:
     """The pictures in one file, its kind told by its ending. Raises ResultsError when it cannot be written."""
     from rich.console import Console

@@ -129,6 +129,19 @@ def test_warnings_of_the_lengths_stand_under_the_table():
     assert max(map(len, narrow.splitlines())) <= 50 and "memory behind" in " ".join(narrow.split())
 
 
+def test_its_pictures_are_those_that_it_has_figures_for(call, tmp_path):
+    path = tmp_path / "limits.json"
+    path.write_text(json.dumps([row.to_json() for row in rows_of("BLADE", 8192, "oom")]))
+    out = call("plot", str(path)).stdout
+    assert "Peak memory (MiB) over tokens" in out and "Nothing to draw" not in out
+    # One that is asked for by name says that there is nothing.
+    assert "Nothing to draw" in call("plot", str(path), "--metric", "time").stdout
+    failed = [row.to_json() for row in rows_of("BLADE", 8192, "oom") if not row.ok]
+    path.write_text(json.dumps(failed))
+    out = call("plot", str(path)).stdout
+    assert out.count("Nothing to draw") == 1 and "OOM at 16K: BLADE" in out
+
+
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (50, 10)])
 def test_the_live_picture_fits_the_screen(search, width, height):
     import io
