@@ -149,10 +149,10 @@ def show(comparison: Comparison) -> None:
     console = result_console()
     plain = ascii_only(console)
     sections = [
-        broken(legend(comparison), console.width, indent=6),
+        broken(legend(comparison), console.width, indent=2),
         comparison_table(comparison, console.width, ascii_only=plain),
         broken(notes(comparison), console.width, indent=2),
-        broken(environment(comparison), console.width, indent=4),
+        broken(environment(comparison), console.width, indent=2),
         broken(Text(f"{comparison.sentence}.", style="bold"), console.width),
     ]
     for index, section in enumerate(section for section in sections if section.plain.strip()):

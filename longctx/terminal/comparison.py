@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.analysis.comparison import MORE, SAME, CellComparison, Comparison
 from longctx.analysis.matching import Pool
+from longctx.analysis.settings import Axis, in_words, varying, without
 from longctx.analysis.settle import settling
-from longctx.results import jsonable
+from longctx.results import BenchmarkResult, jsonable
 from longctx.terminal import format as fmt
 from longctx.terminal.layout import Column, layout
 from longctx.terminal.markdown import markdown_table, markdown_text
@@ -57,14 +58,22 @@ def comparison_table(comparison: Comparison, width: int, *, ascii_only: bool = F
 
 
 def _setting_columns(cells: Sequence[CellComparison]) -> list[Column]:
-    """What is not the same in all cells, apart from block and length."""
-    columns = []
-    for header, name in (("batch", "batch_size"), ("dtype", "dtype"), ("mode", "mode"), ("width", "d_model")):
-        values = [getattr(cell.traits, name) for cell in cells]
-        words = [fmt.NONE if value is None else fmt.shorten(fmt.plain(value), 12) for value in values]
-        if len(set(words)) > 1:
-            columns.append(Column(header=header, cells=words, keep=9))
-    return columns
+    """What is not the same in all cells, apart from block and length: without it two rows would look alike."""
+    rows = list(map(_row, cells))
+    return [Column(header=axis.header, cells=[_value(axis, row) for row in rows], right=False) for axis in _axes(cells)]
+
+
+def _axes(cells: Sequence[CellComparison]) -> list[Axis]:
+    return without(varying(map(_row, cells)), ("device",))
+
+
+def _row(cell: CellComparison) -> BenchmarkResult:
+    return (cell.new or cell.base).rows[-1]
+
+
+def _value(axis: Axis, row: BenchmarkResult) -> str:
+    value = axis.of(row)
+    return fmt.NONE if value is None else fmt.shorten(fmt.plain(axis.figure.format(value)), 12)
 
 
 def quotient(value: float | None) -> str:
@@ -106,7 +115,7 @@ def _time(pool: Pool | None, unit: fmt.Unit) -> str:
 
 
 def _warnings(cell: CellComparison) -> str:
-    return fmt.shorten(fmt.plain(", ".join(cell.warnings)), 32)
+    return fmt.listed(cell.warnings, 32)
 
 
 # -- what stands around the table ----------------------------------------------------------------------------------
@@ -135,14 +144,15 @@ def notes(comparison: Comparison) -> Text:
 
     said: dict[tuple[str, str], list[str]] = {}
     warned: dict[str, dict[str, list[str]]] = {}
+    axes = _axes(comparison.cells)
     for cell in comparison.cells:
         if cell.verdict != "inconclusive" and cell.reason:
-            said.setdefault((verdict_text(cell), fmt.plain(cell.reason)), []).append(_place(cell))
+            said.setdefault((verdict_text(cell), fmt.plain(cell.reason)), []).append(_place(cell, axes))
         if cell.unexplained and cell.verdict in ("slower", "faster"):
-            said.setdefault((cell.verdict, UNEXPLAINED), []).append(_place(cell))
+            said.setdefault((cell.verdict, UNEXPLAINED), []).append(_place(cell, axes))
         for side, pool in (("base", cell.base), ("new", cell.new)):
             for word in pool.warnings if pool else ():
-                warned.setdefault(word, {}).setdefault(side, []).append(_place(cell))
+                warned.setdefault(word, {}).setdefault(side, []).append(_place(cell, axes))
     text = Text()
     for (word, why), places in said.items():
         text.append(f"{word}: ", style="yellow").append(f"{_few(places)} ({fmt.shorten(why, 200)})\n")
@@ -156,8 +166,10 @@ def notes(comparison: Comparison) -> Text:
     return text
 
 
-def _place(cell: CellComparison) -> str:
-    return f"{fmt.shorten(fmt.plain(cell.traits.name), MOST_VALUE)} at {fmt.tokens(cell.traits.length)}"
+def _place(cell: CellComparison, axes: Sequence[Axis]) -> str:
+    """`Dense (train) at 4K`. axes: those to name besides block and length."""
+    setting = f" ({fmt.plain(in_words(_row(cell), axes))})" if axes else ""
+    return f"{fmt.shorten(fmt.plain(cell.traits.name), MOST_VALUE)}{setting} at {fmt.tokens(cell.traits.length)}"
 
 
 def _few(places: Sequence[str], comparison: Comparison | None = None, most: int = 6) -> str:
@@ -191,9 +203,10 @@ def environment(comparison: Comparison) -> Text:
 def settle_lines(comparison: Comparison) -> list[str]:
     """Why cells are inconclusive, and the commands that would settle them, each on a line that can be copied."""
     reasons: dict[str, list[str]] = {}
+    axes = _axes(comparison.cells)
     for cell in comparison.cells:
         if cell.verdict == "inconclusive":
-            reasons.setdefault(fmt.plain(cell.reason), []).append(_place(cell))
+            reasons.setdefault(fmt.plain(cell.reason), []).append(_place(cell, axes))
     if not reasons:
         return []
     lines = [f"inconclusive: {_few(places)}: {reason}" for reason, places in reasons.items()]
@@ -230,8 +243,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
 
 
 def _cell_document(cell: CellComparison) -> dict[str, Any]:
-    traits, shift, memory = cell.traits, cell.shift, cell.memory
-    row = (cell.new or cell.base).rows[-1]
+    traits, shift, memory, row = cell.traits, cell.shift, cell.memory, _row(cell)
     return {
         "block_name": traits.name,
         "block_options": row.block_options,
@@ -270,7 +282,7 @@ def _pool_document(pool: Pool) -> dict[str, Any]:
 def to_markdown(comparison: Comparison) -> str:
     """For a comment on a pull request: the sentence, the table, and what else is known, folded away."""
     unit = fmt.column_unit(p.time_s for c in comparison.cells for p in (c.base, c.new) if p and p.ok)
-    rows = []
+    rows, axes = [], _axes(comparison.cells)
     for cell in comparison.cells:
         verdict = markdown_text(verdict_text(cell))
         verdict = f"**{verdict}**" if cell.verdict in ("slower", "faster") or cell.no_longer_ok else verdict
@@ -280,6 +292,7 @@ def to_markdown(comparison: Comparison) -> str:
         rows.append(
             [
                 markdown_text(fmt.shorten(fmt.plain(cell.traits.name), MOST_VALUE)),
+                *(markdown_text(_value(axis, _row(cell))) for axis in axes),
                 f"{cell.traits.length:,}",
                 *(markdown_text(_time(pool, unit)) for pool in (cell.base, cell.new)),
                 quotient(cell.shift and cell.shift.ratio),
@@ -288,8 +301,18 @@ def to_markdown(comparison: Comparison) -> str:
                 f"**{memory}**" if cell.memory and cell.memory.word == MORE else memory,
             ]
         )
-    head = ["block", "tokens", f"base ({unit.name})", f"new ({unit.name})", "ratio", "interval", "verdict", "memory"]
-    parts = [f"**{comparison.sentence}**", markdown_table(head, rows, right=range(1, 6))]
+    head = [
+        "block",
+        *(axis.header for axis in axes),
+        "tokens",
+        f"base ({unit.name})",
+        f"new ({unit.name})",
+        "ratio",
+        "interval",
+        "verdict",
+        "memory",
+    ]
+    parts = [f"**{comparison.sentence}**", markdown_table(head, rows, right=range(1 + len(axes), 6 + len(axes)))]
     said = [*notes(comparison).plain.splitlines(), *settle_lines(comparison)]
     folded = {
         "Environment": difference_lines(comparison) or ["nothing that was recorded differs"],

@@ -170,6 +170,18 @@ def shorten(text: str, width: int, *, ellipsis: str = "…") -> str:
     return left + ellipsis + right
 
 
+def listed(words: Iterable[object], width: int) -> str:
+    """Words with commas, each whole; those for which `width` has no room are counted: `unstable, suspect +1`."""
+    from rich.cells import cell_len
+
+    words = [plain(word) for word in words]
+    for count in range(len(words), 0, -1):
+        text = ", ".join(words[:count]) + (f" +{len(words) - count}" if count < len(words) else "")
+        if cell_len(text) <= width:
+            return text
+    return shorten(", ".join(words), width)
+
+
 _OPTION = re.compile(r"(?<=[:,\s])\w+=(?=[^\s,])")
 
 

@@ -215,7 +215,7 @@ def status_word(result: BenchmarkResult) -> str:
 def _status(result: BenchmarkResult) -> str:
     names = result.warnings if isinstance(result.warnings, list) else []
     parts = [result.status, *names] if not (result.ok and names) else names
-    return fmt.shorten(fmt.plain(", ".join(map(str, parts))), 32)
+    return fmt.listed(parts, 32)
 
 
 # -- what stands around a table ------------------------------------------------------------------------------------

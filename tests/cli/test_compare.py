@@ -134,6 +134,21 @@ def test_warnings_stand_beside_the_verdict(longctx, tmp_path, base):
     assert "throttled: " in out
 
 
+@pytest.mark.parametrize("columns", [120, 50])
+def test_cells_of_several_modes_are_told_apart_everywhere(longctx, tmp_path, columns):
+    sides = [
+        write(tmp_path / f"{name}.json", [*rows(seed=seed), *rows(seed=seed + 1, mode="train", warnings=["unstable"])])
+        for name, seed in (("base", 0), ("new", 2))
+    ]
+    _, out, _ = longctx("compare", *sides, columns=columns)
+    cells = re.findall(r"^(?:BLADE|Dense) .*?(?=\d\.\d{3}x)", out, re.MULTILINE)
+    assert len(cells) == 8 and sum("train" in cell for cell in cells) == 4
+    said = " ".join(out.split())
+    assert "unstable: BLADE (train) at 1K, Dense (train) at 1K, BLADE (train) at 2K" in said
+    text = longctx("compare", *sides, "--markdown")[1]
+    assert "| block | mode | tokens |" in text and "| BLADE | train | 1,024 |" in text
+
+
 def test_what_cannot_be_compared_is_refused(longctx, tmp_path, base):
     for name, environment in (
         ("threads", {"threads": 8}),

@@ -217,6 +217,13 @@ def test_two_settings_of_a_block_are_told_apart_on_every_screen(width: int) -> N
     assert len(set(re.findall(r"DP\S+", ranked))) == len(names), ranked
 
 
+def test_warnings_are_named_whole_or_counted() -> None:
+    warnings = ["launch_bound", "memory_grows", "unstable"]
+    for width in (100, 80, 70):
+        table = results_table([row("BLADE", 1024, 0.01, warnings=warnings)], width).plain
+        assert table.endswith("launch_bound, memory_grows +1") or "status" not in table
+
+
 def test_environment_line_takes_whatever_is_known() -> None:
     assert environment_line({}).plain == ""
     line = environment_line({"gpu": "GPU\x1b[0m", "torch": "2.8", "driver": "580", "flags": None}, "bf16").plain
