@@ -113,7 +113,9 @@ def about_range(low: float, high: float | None) -> str:
 def _crossing(crossing: Crossover | None) -> str | None:
     if crossing is None or crossing.at is None or not crossing.faster_after:
         return None
-    range_ = f" (95%: {about_range(crossing.low, crossing.high)})" if crossing.low is not None else ""
+    words = [] if crossing.low is None else [f"95%: {about_range(crossing.low, crossing.high)}"]
+    words += ["of one round"] if crossing.is_of_one_process else []
+    range_ = f" ({', '.join(words)})" if words else ""
     if crossing.extrapolated:
         return f"Its law would have it overtake {BASE} at about {about(crossing.at)} tokens{range_}, beyond the range."
     return f"It overtakes {BASE} at about {about(crossing.at)} tokens{range_}."

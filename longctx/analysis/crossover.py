@@ -47,10 +47,18 @@ class Crossover:
     """How often the sign changes; the last change is told."""
     launch_bound: bool = False
     """Whether up to the crossing one of them waits for its launches: another host would move it."""
+    one_round: bool = False
+    """Whether no length has two rounds of both: the interval then knows nothing of how far processes are apart."""
     untold: tuple[int, ...] = ()
     """Lengths at which the noise hides which of the two is faster."""
     reason: str = ""
     """Why nothing is said of the lengths beyond the range."""
+
+    @property
+    def is_of_one_process(self) -> bool:
+        """Whether another process may move it out of its interval: launches differ more from one to the next than
+        within one."""
+        return self.launch_bound and self.one_round
 
     @property
     def extrapolated(self) -> bool:
@@ -74,11 +82,11 @@ def crossover(a: Growth, b: Growth) -> Crossover:
     A sign counts where the same-round ratios of that length, with the scatter pooled over lengths, exclude 1.
     """
     names = {"a": a.curve.name, "b": b.curve.name}
-    points, half = _log_ratios(a.curve, b.curve)
+    points, half, rounds = _log_ratios(a.curve, b.curve)
     if not points:
         return Crossover(**names, verdict="none", reason="no length in common")
     lengths = [t for t, _ in points]
-    names |= {"shortest": lengths[0], "longest": lengths[-1]}
+    names |= {"shortest": lengths[0], "longest": lengths[-1], "one_round": rounds < 2}
     margin = half if half is not None else math.log1p(LEVEL)
     signs = [0 if abs(value) <= margin else (1 if value > 0 else -1) for _, value in points]
     told = [i for i, sign in enumerate(signs) if sign]
@@ -99,15 +107,17 @@ def crossover(a: Growth, b: Growth) -> Crossover:
     return _beyond(a.time, b.time, names, slower=slower)
 
 
-def _log_ratios(a: Curve, b: Curve) -> tuple[list[tuple[int, float]], float | None]:
-    """(length, log of a's time over b's) at the lengths of both, and the half width of their 95% interval.
+def _log_ratios(a: Curve, b: Curve) -> tuple[list[tuple[int, float]], float | None, int]:
+    """(length, log of a's time over b's) at the lengths of both, the half width of their 95% interval, and the most
+    rounds that both have of one length.
 
     Launch-bound or not: a crossing of times is one whatever bounds them.
     """
     times_a, times_b = a.values("time"), b.values("time")
-    points, deviations, df, share = [], 0.0, 0, []
+    points, deviations, df, share, rounds = [], 0.0, 0, [], 0
     for t in sorted(set(times_a) & set(times_b)):
         logs = _paired(a.rows[t].samples, b.rows[t].samples)
+        rounds = max(rounds, len(logs))
         whole = math.log(times_a[t] / times_b[t])
         points.append((t, statistics.median(logs) if logs else whole))
         if len(logs) > 1:
@@ -116,12 +126,12 @@ def _log_ratios(a: Curve, b: Curve) -> tuple[list[tuple[int, float]], float | No
             df += len(logs) - 1
             share.append(median_factor(len(logs)) / len(logs))
     if df:
-        return points, student(df) * math.sqrt(deviations / df * statistics.fmean(share))
+        return points, student(df) * math.sqrt(deviations / df * statistics.fmean(share)), rounds
     # One round: the samples' scatter, as far as it goes.
     variances = [v for curve in (a, b) for t, _ in points if (v := _sample_variance(curve.rows[t].samples)) is not None]
     if not points or len(variances) < 2 * len(points):
-        return points, None
-    return points, 1.96 * math.sqrt(2 * statistics.fmean(variances))
+        return points, None, rounds
+    return points, 1.96 * math.sqrt(2 * statistics.fmean(variances)), rounds
 
 
 def _paired(ours: object, theirs: object) -> list[float]:

@@ -125,8 +125,8 @@ def crossing_line(crossing: Crossover) -> str:
     else:
         word = "faster" if crossing.faster_after else "slower"
         text = f"{a}: {word} than {b} from {about(crossing.at)} on"
-        if crossing.low is not None:
-            text += f" (95% {about_range(crossing.low, crossing.high)})"
+        rounds = ", of one round" if crossing.is_of_one_process else ""
+        text += rounds if crossing.low is None else f" (95% {about_range(crossing.low, crossing.high)}{rounds})"
         if crossing.extrapolated:
             text += f", extrapolated beyond {span_}"
         elif crossing.crossings > 1:
@@ -329,6 +329,7 @@ def _mode_document(found: Conclusions, extra: Sequence[Crossover] | None) -> dic
                 "range": [c.shortest, c.longest] if c.shortest else None,
                 "crossings": c.crossings,
                 "launch_bound": c.launch_bound,
+                "one_round": c.one_round,
                 "reason": c.reason or None,
                 "words": crossing_line(c),
             }

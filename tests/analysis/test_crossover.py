@@ -1,5 +1,7 @@
 """Where two curves cross, what is best, and what is said of it."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,26 @@ def test_a_crossing_that_the_host_decides_says_so():
     # It lies between 8K and 16K.
     assert crossing_line(found({("A", 8192)})) == f"{at}, launch-bound up to there"
     assert not found({("A", 1024), ("Dense", 65536)}).launch_bound
+
+
+def test_a_crossing_that_the_host_decides_in_one_process_says_so():
+    run = [*rows("A", lambda t: 1e-3 + 1e-8 * t, noise=0.001), *rows("Dense", lambda t: 1e-7 * t, noise=0.001)]
+    # Each round is a process: what differs between them is in the interval of several.
+    for row in run:
+        row.warnings = ["launch_bound"]
+    several = crossover(*growths(curves(run)))
+    assert several.launch_bound and not several.one_round and "of one round" not in crossing_line(several)
+    for row in run:
+        row.samples = [[seconds * (1 + 0.001 * i) for i in range(3)] for seconds in row.samples[0][:1]]
+    alone = crossover(*growths(curves(run)))
+    assert alone.one_round and alone.low is not None
+    line = crossing_line(alone)
+    assert re.search(r"from 11K on \(95% .*, of one round\), launch-bound up to there$", line), line
+    said = " ".join(conclude(run).sentences)
+    assert re.search(r"It overtakes Dense at about 11K tokens \(95%: [^)]*, of one round\)\.", said), said
+    for row in run:
+        row.warnings = []
+    assert "of one round" not in crossing_line(crossover(*growths(curves(run))))
 
 
 def test_the_interval_holds_the_crossing():
