@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from longctx.analysis.comparison import FEWEST_ROUNDS, Comparison
@@ -62,22 +63,30 @@ def with_rounds(command: str, path: str, rounds: int) -> str | None:
         kept = [_OF_QUICK.get(word, word) for word in kept]
         for flag, value in _QUICK_DEFAULTS.items():
             kept += [] if flag in kept else [flag, value]
+    return _resumed(["longctx", "sweep", *kept, "--rounds", str(rounds)], path)
+
+
+def search_again(command: str, path: str) -> str | None:
+    """`command` so that it goes on with the search for limits in the file at `path`, None if it is none of ours."""
+    words = words_of(command, ("limits",))
+    return _resumed([*words[:2], *_without_output(words[2:])], path) if words else None
+
+
+def _resumed(words: list[str], path: str) -> str:
     if not os.path.dirname(path):
         # A bare name would be looked for under the results folder.
         path = os.path.join(os.curdir, path)
-    kept += ["--rounds", str(rounds), "--output-file", path, "--resume"]
-    return shlex.join(["longctx", "sweep", *kept])
+    return shlex.join([*words, "--output-file", path, "--resume"])
 
 
-def words_of(command: str) -> list[str]:
-    """The words of `command` if it is a sweep of ours, else none."""
+def words_of(command: str, names: Collection[str] = ("sweep", "comprehensive", "quick")) -> list[str]:
+    """The words of `command` if it is one of ours that is called so, else none."""
     try:
         # As long as a text can be that was read: its end may be missing.
         words = shlex.split(command) if len(command) < MAX_TEXT else []
     except ValueError:
         return []
-    ours = words[:1] == ["longctx"] and words[1:2] in (["sweep"], ["comprehensive"], ["quick"])
-    return words if ours else []
+    return words if words[:1] == ["longctx"] and words[1:2] and words[1] in names else []
 
 
 def _without_output(words: list[str]) -> list[str]:

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longctx.analysis.frontier import frontiers
 from longctx.analysis.matching import rounds_of
 from longctx.analysis.settings import AXES, without
-from longctx.analysis.settle import with_rounds, words_of
+from longctx.analysis.settle import search_again, with_rounds, words_of
 from longctx.config import AXES as VARIED
 from longctx.results import BenchmarkResult
 
@@ -23,7 +24,8 @@ _SETTINGS = without(AXES, ("device", "training_step"))
 
 @dataclass(frozen=True, kw_only=True)
 class Unfinished:
-    """Of `cells` cells `missing` were not measured, and `short` in fewer than `rounds` rounds.
+    """Of `cells` cells `missing` were not measured, and `short` in fewer than `rounds` rounds. searches: those are
+    searches for limits, and `missing` not finished.
 
     lengths: of those that were not measured, if there are any, else of the others. command: measures what is missing,
     None where that is not known.
@@ -35,6 +37,19 @@ class Unfinished:
     rounds: int
     lengths: tuple[int, ...]
     command: str | None
+    searches: bool = False
+
+
+def unfinished_search(rows: Sequence[BenchmarkResult], path: str) -> list[Unfinished]:
+    """The same of a search for limits, which its rows tell by themselves; none where all of it is finished."""
+    found = frontiers(rows)
+    left = sum(not each.finished for each in found)
+    if not left:
+        return []
+    # A search that was gone on with has the command of its first part too, and that of the last part counts.
+    command = next((str(row.command) for row in reversed(rows) if row.command), "")
+    shared = {"cells": len(found), "missing": left, "short": 0, "rounds": 1, "lengths": (), "searches": True}
+    return [Unfinished(**shared, command=search_again(command, path))]
 
 
 def unfinished(rows: Sequence[BenchmarkResult], path: str, *, blocks: Sequence[str]) -> list[Unfinished]:
@@ -71,7 +86,8 @@ def _planned(command: str, row: BenchmarkResult, blocks: Sequence[str]) -> list[
     given = _values(row)
     choices = [_choices(axis.name, given[axis.name], options) for axis in _SETTINGS]
     names = [_name(word, blocks) for word in options.get("--blocks", ())] or list(blocks)
-    if "auto" in choices[1] or math.prod(map(len, [names, lengths, *choices])) > MOST_CELLS:
+    # What `auto` stands for beside another format is not told.
+    if any("auto" in values for values in choices) or math.prod(map(len, [names, lengths, *choices])) > MOST_CELLS:
         return []
     cells = []
     for values in itertools.product(*choices):

@@ -16,6 +16,7 @@ from longctx.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.console import Console
     from rich.text import Text
 
     from longctx.analysis.crossover import Crossover
@@ -73,11 +74,11 @@ def report(
 
 
 def _left(rows: Sequence[BenchmarkResult], path: Path) -> list[Unfinished]:
-    """What the run in the file at `path` lacks; of a search for limits its own tables tell."""
-    from longctx.analysis.unfinished import unfinished
+    """What the run in the file at `path` lacks."""
+    from longctx.analysis.unfinished import unfinished, unfinished_search
     from longctx.blocks import names
 
-    return [] if _of_limits(rows) else unfinished(rows, str(path), blocks=names())
+    return unfinished_search(rows, str(path)) if _of_limits(rows) else unfinished(rows, str(path), blocks=names())
 
 
 def json_text(
@@ -132,14 +133,12 @@ def show(
 ) -> None:
     """Tables, rankings, growth, crossovers, best blocks, problems and a summary of every run on standard output, and
     what it lacks."""
-    from rich.text import Text
-
     from longctx.analysis.conclusions import conclude_modes
     from longctx.analysis.paired import judge_saved
     from longctx.cli._against import show_pairs
     from longctx.terminal.console import ascii_only, result_console
     from longctx.terminal.findings import sections as findings
-    from longctx.terminal.findings import summary, unfinished_lines
+    from longctx.terminal.findings import summary
     from longctx.terminal.format import plain
     from longctx.terminal.limits import limits_text
     from longctx.terminal.prose import broken, say
@@ -156,6 +155,7 @@ def show(
             say(console, environment_line(_environment(rows), one_dtype(rows)))
             console.print()
             console.print(limits_text(rows, width, ascii_only=ascii_))
+            _show_left(console, (left or {}).get(label, ()))
             continue
         if pairs := judge_saved(rows):
             show_pairs(console, rows, pairs, _environment(rows))
@@ -183,11 +183,20 @@ def show(
             if number:
                 console.print()
             console.print(section)
-        for line, command in unfinished_lines((left or {}).get(label, ())):
-            console.print()
-            say(console, Text(line, style="yellow"))
-            if command:
-                console.print(Text(f"go on: {command}"), soft_wrap=True)
+        _show_left(console, (left or {}).get(label, ()))
+
+
+def _show_left(console: Console, left: Sequence[Unfinished]) -> None:
+    from rich.text import Text
+
+    from longctx.terminal.findings import unfinished_lines
+    from longctx.terminal.prose import say
+
+    for line, command in unfinished_lines(left):
+        console.print()
+        say(console, Text(line, style="yellow"))
+        if command:
+            console.print(Text(f"go on: {command}"), soft_wrap=True)
 
 
 def _roofline(rows: Sequence[BenchmarkResult], width: int, *, ascii_only: bool) -> Text | None:

@@ -263,6 +263,10 @@ def unfinished_lines(left: Iterable[Unfinished]) -> list[tuple[str, str]]:
     """(what is missing, the command that measures it) of each: `not complete: 6 of 9 cells not measured, at 4K, 8K`."""
     lines = []
     for each in left:
+        if each.searches:
+            words = f"not complete: {each.missing} of {each.cells} searches not finished"
+            lines.append((words, fmt.plain(each.command or "")))
+            continue
         rounds = f"{each.rounds} round{'' if each.rounds == 1 else 's'}"
         where = f", at {_places(each.lengths)}"
         said = [f"{each.missing} of {each.cells} cells not measured{where}"] if each.missing else []

@@ -129,6 +129,21 @@ def test_warnings_of_the_lengths_stand_under_the_table():
     assert max(map(len, narrow.splitlines())) <= 50 and "memory behind" in " ".join(narrow.split())
 
 
+def test_report_says_how_to_go_on_with_a_search_that_was_ended(call, tmp_path):
+    path = tmp_path / "limits.json"
+    rows = [*rows_of("BLADE", 8192, "oom"), *rows_of("Dense", 4096, "oom")[:-1]]
+    for row in rows:
+        row.command = "longctx limits --blocks BLADE Dense --max-time 9"
+    path.write_text(json.dumps([row.to_json() for row in rows]))
+    out = call("report", str(path)).stdout
+    assert "not complete: 1 of 2 searches not finished\n" in out
+    assert f"go on: longctx limits --blocks BLADE Dense --output-file {path} --resume\n" in out
+    assert json.loads(call("report", str(path), "--json").stdout)["runs"][0]["unfinished"][0]["missing"] == 1
+    done = [row.to_json() for row in rows_of("BLADE", 8192, "oom")]
+    path.write_text(json.dumps(done))
+    assert "not complete" not in call("report", str(path)).stdout
+
+
 def test_its_pictures_are_those_that_it_has_figures_for(call, tmp_path):
     path = tmp_path / "limits.json"
     path.write_text(json.dumps([row.to_json() for row in rows_of("BLADE", 8192, "oom")]))
