@@ -59,13 +59,15 @@ def tail(console: Console, view: Any, command: str) -> None:
     from longctx.terminal.prose import say
 
     console.print()
+    # A file is written with its first row.
+    path = view.path if view.rows else None
     if not view.complete and view.finished.reason:
         missing = len(view.cells) - view.rows
         left = f", {missing} of {len(view.cells)} cells not measured" if missing > 0 else ""
         say(console, Text(f"not complete: {fmt.plain(view.finished.reason)}{left}", style="yellow"))
-        if view.path:
-            again = f"{command} --output-file {shlex.quote(view.path)} --resume"
+        if path:
+            again = f"{command} --output-file {shlex.quote(path)} --resume"
             console.print(Text(f"go on:     {fmt.plain(again)}"), soft_wrap=True)
-    if view.path:
-        console.print(Text(f"results:   {fmt.plain(view.path)}"), soft_wrap=True)
+    if path:
+        console.print(Text(f"results:   {fmt.plain(path)}"), soft_wrap=True)
     console.print(Text(f"reproduce: {fmt.plain(command)}"), soft_wrap=True)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 
 import pytest
+from rich.console import Console
+
+from longctx.cli._show import tail
+from longctx.config import BenchmarkConfig, parse_blocks
+from longctx.events import SweepFinished, SweepStarted
+from longctx.results import BenchmarkResult
+from longctx.terminal.live import SweepView
 
 
 def test_published_defaults_reach_the_engine(call, fake) -> None:
@@ -49,6 +57,25 @@ def test_a_sweep_prints_table_plot_ranking_path_and_command(call, fake) -> None:
     assert "reproduce: longctx sweep --sequence-lengths 1024 2048" in out
     assert "[6/6] BLADE 2K  4.10 ms" in result.stderr
     assert "\x1b" not in out + result.stderr
+
+
+def test_a_sweep_that_ended_early_says_where_it_is_saved_only_if_it_is() -> None:
+    cells = tuple(BenchmarkConfig(sequence_lengths=[1024, 2048]).cells(parse_blocks(["Dense"]), dtype="fp32"))
+
+    def told(*results):
+        console = Console(file=io.StringIO(), width=100)
+        view = SweepView(console)
+        view.update(SweepStarted(cells=cells, rounds=1, environment={}, path="out/run.json"))
+        view.update(SweepFinished(results=results, complete=False, reason="--max-time of 4 s is over"))
+        tail(console, view, "longctx sweep --max-time 4")
+        return console.file.getvalue()
+
+    some, none = told(BenchmarkResult(block_name="Dense", sequence_length=1024)), told()
+    assert "--max-time of 4 s is over, 1 of 2 cells not measured" in some
+    assert (
+        "longctx sweep --max-time 4 --output-file out/run.json --resume" in some and "results:   out/run.json" in some
+    )
+    assert "2 of 2 cells not measured" in none and "run.json" not in none
 
 
 def test_quiet_leaves_only_the_result(call, fake) -> None:
