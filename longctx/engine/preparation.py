@@ -137,15 +137,20 @@ class Preparation:
 
     def _new_row(self, cell: Cell) -> BenchmarkResult:
         identity = self.identities[cell.block]
+        config, command = self._asked_for(cell)
         return new_row(
             cell,
             key=self.keys[cell],
             source_hash=identity["source_hash"],
             block_options=dict(identity["options"]),
-            config=self.config.to_json() | {name: getattr(cell, name) for name in self.varied},
+            config=config,
             environment=self.environment,
-            command=self.command,
+            command=command,
         )
+
+    def _asked_for(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        """(config, command) that the row of a cell keeps: of the run that measured it last."""
+        return self.config.to_json() | {name: getattr(cell, name) for name in self.varied}, self.command
 
     # -- workers ---------------------------------------------------------------------------------------------------
 

@@ -240,11 +240,10 @@ class _PairedSweep(Sweep):
 
     # -- what is measured ---------------------------------------------------------------------------------------
 
-    def _new_row(self, cell: Cell) -> BenchmarkResult:
-        row = super()._new_row(cell)
+    def _asked_for(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        config, command = super()._asked_for(cell)
         opponent = self.opponents.get(cell.block)
-        row.config["against"] = {"opponent": opponent and opponent.name, "guard": self.guard}
-        return row
+        return config | {"against": {"opponent": opponent and opponent.name, "guard": self.guard}}, command
 
     def _circumstances(self, cell: Cell) -> dict[str, Any]:
         """Samples taken in turns are told from others, and go with those of one opponent only."""
@@ -295,6 +294,7 @@ class _PairedSweep(Sweep):
         if len(rows[0].samples) <= index:
             for each, row, found in zip(both, rows, self._time_both(both, rows, index), strict=True):
                 add_round(row, each, found)
+                row.config, row.command = self._asked_for(each)
                 self.rows[each] = row
         for side, each, row in zip(self.sides, both, rows, strict=True):
             with self._lent(side):

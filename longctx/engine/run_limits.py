@@ -119,10 +119,9 @@ class _Search(Sweep):
     def _circumstances(self, cell: Cell) -> dict[str, Any]:
         return {"kind": "limits"}
 
-    def _new_row(self, cell: Cell) -> BenchmarkResult:
-        row = super()._new_row(cell)
-        row.config["limits"] = {"resolution": self.resolution, "max_length": self.max_length}
-        return row
+    def _asked_for(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        config, command = super()._asked_for(cell)
+        return config | {"limits": {"resolution": self.resolution, "max_length": self.max_length}}, command
 
     def _take_over(self) -> None:
         """Name the first cells, and take over every length of the file that was tried under the same circumstances."""

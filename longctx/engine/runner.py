@@ -164,6 +164,8 @@ class Sweep(Preparation):
             # What was measured once is not skipped because something else has failed since.
             refused = None if row.samples else self._why_not(cell)
             add_round(row, cell, refused or self._time(cell, row, index))
+            # Rounds that were taken over may be of a command that asked for fewer.
+            row.config, row.command = self._asked_for(cell)
         self.rows[cell] = row
         self.judge.judge(row, cell)
         mark_suspects(self.rows.values())

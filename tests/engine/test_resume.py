@@ -48,6 +48,9 @@ def test_resume_measures_the_rounds_that_are_missing(tmp_path, mine):
     assert len(row.samples) == 3
     assert row.first_call_s == first.first_call_s
     assert row.key == first.key
+    # It tells how it came to be what it is: by asking for three.
+    assert (first.config["rounds"], row.config["rounds"]) == (1, 3)
+    assert row.command != first.command
     (fewer,), events = sweep([mine("Counted")], tmp_path, rounds=2, resume=True)
     assert fewer == row
     assert of_kind(events, CellStarted) == []
