@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longctx.blocks._states import tensors_of, with_tensors
 from longctx.ops.operators import first_order
+from longctx.ops.precision import wide_dtype
 
 if TYPE_CHECKING:
     from longctx.blocks._shell import PreNormBlock
@@ -167,7 +168,7 @@ class _Recomputed(torch.autograd.Function):
 
 def _added(total: Tensor | None, one: Tensor) -> Tensor:
     """The sum over slabs, in fp32 at least: half precision would lose what a late slab adds."""
-    one = one if one.dtype == torch.float64 else one.float()
+    one = one.to(wide_dtype(one.dtype))
     return one if total is None else total + one
 
 

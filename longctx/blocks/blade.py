@@ -37,7 +37,6 @@ from longctx.ops.blade_chain import (
     chain_chunk,
     chunk_attention,
     chunk_attention_path,
-    sum_dtype,
 )
 from longctx.ops.blade_graph import ChainGraphs, Slab, kernels_fit
 from longctx.ops.blade_pipeline import run_slabs
@@ -45,6 +44,7 @@ from longctx.ops.blade_training import whole_chunks
 from longctx.ops.blade_training_graph import MOST_CHUNK_TOKENS, TrainingGraphs
 from longctx.ops.decode import Decoder, decode_path, step_key, step_weights
 from longctx.ops.layer_norm import normalize
+from longctx.ops.precision import wide_dtype
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
@@ -99,7 +99,7 @@ class BLADEBlock(PreNormBlock):
         """
         check_counts(batch_size=batch_size)
         weight = self.qkv_proj.weight
-        dtype = sum_dtype(weight.dtype)
+        dtype = wide_dtype(weight.dtype)
         if s is None:
             s = torch.zeros(batch_size, self.state_dim, device=weight.device, dtype=dtype)
         elif s.shape != (batch_size, self.state_dim):

@@ -25,8 +25,9 @@ from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights
-from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path, scan_dtype
+from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path
 from longctx.ops.gated_mix import gated_mix
+from longctx.ops.precision import wide_dtype
 from longctx.ops.projections import joined, lay_together, project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
@@ -146,7 +147,7 @@ class DPASSMBlock(PreNormBlock):
         """
         check_counts(batch_size=batch_size)
         weight = self.qkv_proj.weight
-        dtype = scan_dtype(weight.dtype)
+        dtype = wide_dtype(weight.dtype)
         if s is None:
             s = torch.zeros(batch_size, self.state_dim, device=weight.device, dtype=dtype)
         elif s.shape != (batch_size, self.state_dim):
@@ -193,7 +194,7 @@ class DPASSMBlock(PreNormBlock):
                 return mixed, DPASSMState(s=s, kv=kv) if keep_state else None
         if state is None:
             state = self.init_state(batch)
-        decay = torch.tanh(self.ssm_decay.to(scan_dtype(self.ssm_decay.dtype)))
+        decay = torch.tanh(self.ssm_decay.to(wide_dtype(self.ssm_decay.dtype)))
         s, s_end = diagonal_scan(self.ssm_in(u), decay, state.s, dtype=self.ssm_out.weight.dtype)
         recurrent = self.ssm_out(s)
         if grads:

@@ -18,6 +18,7 @@ from longctx.config import Cell
 from longctx.engine.device import DTYPES
 from longctx.engine.loading import LoadedBlock
 from longctx.engine.memory import tensor_bytes
+from longctx.ops.precision import wide_dtype
 
 PART_CALLS, SLOW_S = 10, 1.0
 """Calls by which the parts of a training step are told; fewer where a step takes longer than the second."""
@@ -111,7 +112,7 @@ class Run:
     def _train(self, x: Tensor) -> Tensor:
         self._forget_gradients()
         y = self.loaded.call(x)
-        loss = torch.sum(y * self.target, dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
+        loss = torch.sum(y * self.target, dtype=wide_dtype(y.dtype))
         # A training loop has no more use for it, and the peak is what the block holds.
         del y
         self.split()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longctx.config import Cell
 from longctx.engine.loading import LoadedBlock
+from longctx.ops.precision import wide_dtype
 
 MIN_SHORT, MAX_SHORT, ODD_REST = 192, 2304, 37
 """The reference check takes two windows or chunks and an odd rest, within these bounds."""
@@ -202,7 +203,7 @@ class _Digest:
 def _digest(y: Tensor) -> _Digest:
     d = y.shape[-1]
     columns = torch.arange(min(COLUMNS, d), device=y.device) * d // min(COLUMNS, d)
-    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
+    kind = wide_dtype(y.dtype)
     # Slab by slab: a mask of the whole output would be as large as the output. A sum is finite only if all of it is.
     finite = all(bool(part.sum(dim=-1, dtype=kind).isfinite().all()) for part in y.split(SLAB_TOKENS, dim=1))
     return _Digest(y.index_select(-1, columns).to(kind), finite)

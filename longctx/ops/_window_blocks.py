@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops.operators import differentiable
+from longctx.ops.precision import wide_dtype
 
 # Queries taken together. More waste more on masked corners (W + block keys are computed for W seen), fewer
 # make the products too small. On a CPU the scores of a block must also stay in the second-level cache.
@@ -132,11 +133,6 @@ class _Walk:
         return kept.div_(1.0 - self.dropout_p)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores of half precision are kept in fp32, as flash kernels do."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def _item(tensors: tuple[Tensor | None, ...], item: int, dtype: torch.dtype) -> list[Tensor | None]:
     return [None if t is None else t[item].to(dtype) for t in tensors]
 
@@ -154,7 +150,7 @@ def blocked_forward(
 ) -> Tensor:
     """q `[B, T, H, K]` over the keys from `left` behind to `right` ahead, and all globals: `[B, T, H, K]`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dtype, number = compute_dtype(q.dtype), 0 if seed is None else int(seed)
+    dtype, number = wide_dtype(q.dtype), 0 if seed is None else int(seed)
     for item in range(q.shape[0]):
         qi, ki, vi, gk, gv = _item((q, k, v, global_k, global_v), item, dtype)
         walk = _Walk(qi, ki, gk, left, right, dropout_p, number + item)
@@ -194,7 +190,7 @@ def _backward(
 ) -> list[Tensor]:
     """Computes each block's weights again: none of them are kept."""
     given = (q, k, v, global_k, global_v)
-    dtype, number = compute_dtype(grad.dtype), 0 if seed is None else int(seed)
+    dtype, number = wide_dtype(grad.dtype), 0 if seed is None else int(seed)
     grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in given]
     for item in range(grad.shape[0]):
         q, k, v, gk, gv = _item(given, item, dtype)

@@ -23,12 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.ops import _window_flash as flash
+from longctx.ops.precision import wide_dtype
 from longctx.ops.window_attention import window_attention
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the state and sums over tokens are kept in: fp32, or fp64 in an fp64 block."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +172,7 @@ def after_attention(
     torch.ops.aten.gelu.out(wide, out=hidden)
     if not want_mean:
         return None
-    dtype = sum_dtype(x.dtype)
+    dtype = wide_dtype(x.dtype)
     mean = hidden.view(batch, tokens, -1).mean(1, dtype=dtype)
     return residual.mean(1, dtype=dtype) + F.linear(mean.to(x.dtype), *weights.down)
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.ops.blade_chain import ChainWeights, chain, sum_dtype
+from longctx.ops.blade_chain import ChainWeights, chain
 from longctx.ops.cuda_graphs import capture
+from longctx.ops.precision import wide_dtype
 
 try:
     from longctx.ops import blade_kernels as kernels
@@ -178,7 +179,7 @@ def _new_slab(weights: ChainWeights, count: int, batch: int, chunk: int) -> Slab
     # Zeros, not whatever lay there: the run before the capture goes over them.
     residual, qkv = like.new_zeros(count, batch, chunk, width), like.new_zeros(count, batch, chunk, rows)
     hidden, attended = like.new_empty(count, batch * chunk, weights.up[0].shape[0]), torch.empty_like(residual[0])
-    s = like.new_zeros(batch, weights.inject[0].shape[1], dtype=sum_dtype(like.dtype))
+    s = like.new_zeros(batch, weights.inject[0].shape[1], dtype=wide_dtype(like.dtype))
     states, table = torch.empty_like(s), None
     if kernels_fit(weights):
         table = blade_table.new_table(like.device)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.ops.blade_chain import ChainWeights, sum_dtype
+from longctx.ops.blade_chain import ChainWeights
+from longctx.ops.precision import wide_dtype
 from longctx.ops.weight_gradient import GradientSums
 
 
@@ -33,7 +34,7 @@ class ChunkSums:
         # fp16 might not have the range.
         self.products = half and like.dtype == torch.bfloat16
         self.each_token = self.ones[None, :, : self.tokens] if half else None
-        self.dtype = like.dtype if self.products else sum_dtype(like.dtype)
+        self.dtype = like.dtype if self.products else wide_dtype(like.dtype)
         self.dstates, self.added = torch.empty_like(states), states.new_zeros(*states.shape[:2], rows)
         self.hidden = states.new_empty(*states.shape[:2], 4 * width, dtype=self.dtype)
         self.dresidual, self.dq = (states.new_empty(*states.shape[:2], width, dtype=self.dtype) for _ in range(2))
@@ -53,7 +54,7 @@ class ChunkSums:
     def over_rows(self, sums: GradientSums, name: str, rows: Tensor) -> None:
         """Add the sum of rows `[t, W]` to the gradient of a bias."""
         if self.ones is None:
-            sums.add(name, rows.sum(0, dtype=sum_dtype(rows.dtype)))
+            sums.add(name, rows.sum(0, dtype=wide_dtype(rows.dtype)))
         else:
             sums.outer(name, self.ones[:, : len(rows)].t(), rows)
 
@@ -106,7 +107,7 @@ def chunk_gradients(
     dinjected = added @ weights.qkv
     sums.outer("qkv", added, injection)
     sums.outer("inject_w", dinjected, s)
-    sums.add("inject_b", dinjected.sum(0, dtype=sum_dtype(dtype)))
+    sums.add("inject_b", dinjected.sum(0, dtype=wide_dtype(dtype)))
     mean_hidden = _mean(chunks, chunks.hidden, dtype)
     mean = F.linear(mean_hidden, *weights.down) + _mean(chunks, chunks.over_tokens(residual), dtype)
     sums.outer("state_w", ds, mean)

@@ -17,6 +17,7 @@ from longctx.ops.block_plan import BlockPattern, BlockSparse
 from longctx.ops.direct_lists import attend_direct
 from longctx.ops.gathered_lists import attend, attend_backward, block_rows, gather, gather_index, queries, runs
 from longctx.ops.operators import differentiable
+from longctx.ops.precision import wide_dtype
 
 try:
     from longctx.ops import list_attention_kernel as kernel
@@ -102,7 +103,7 @@ def _backward(
     """Gradients of q, k and v, by lists that are gathered once more."""
     sparse = _sparse(plan, numbers)
     k, v = k.contiguous(), v.contiguous()
-    total_type = torch.promote_types(q.dtype, torch.float32)
+    total_type = wide_dtype(q.dtype)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = torch.zeros_like(k, dtype=total_type), torch.zeros_like(v, dtype=total_type)
     generator = _generator(q, seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx.ops import _window_flash as flash
-from longctx.ops.blade_chain import sum_dtype
+from longctx.ops.precision import wide_dtype
 
 ATTENTION_ROWS = 128
 """Queries whose scores are held at a time."""
@@ -39,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False)[:2]
     groups, offset = k.shape[2], k.shape[1] - q.shape[1]
     rows, k, v = _by_heads(q, groups), _by_heads(k, groups), _by_heads(v, groups)
-    out, lse = torch.empty_like(q), q.new_empty(*rows.shape[:4], dtype=sum_dtype(q.dtype))
+    out, lse = torch.empty_like(q), q.new_empty(*rows.shape[:4], dtype=wide_dtype(q.dtype))
     out_rows = _by_heads(out, groups)
     for start in range(0, q.shape[1], ATTENTION_ROWS):
         span = slice(start, start + ATTENTION_ROWS)

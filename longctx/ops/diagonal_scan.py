@@ -22,6 +22,7 @@ from torch import Tensor
 
 from longctx.errors import UsageError
 from longctx.ops.operators import differentiable
+from longctx.ops.precision import wide_dtype
 
 try:
     from longctx.ops import diagonal_scan_kernel as kernel
@@ -44,7 +45,7 @@ def diagonal_scan(
     Raises UsageError for shapes that do not belong together.
     """
     check_shapes(x, decay, initial)
-    wide = scan_dtype(x.dtype)
+    wide = wide_dtype(x.dtype)
     dtype, decay = dtype or wide, decay.to(wide)
     fused = kernel is not None and kernel.fits(x, decay)
     if x.shape[1] == 1 and not fused:
@@ -62,7 +63,7 @@ def diagonal_scan(
 def diagonal_scan_path(device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation `diagonal_scan` runs for tensors like these, in words."""
     like = torch.empty(1, 1, 1, device=device, dtype=dtype)
-    if kernel is not None and kernel.fits(like, like.to(scan_dtype(dtype))):
+    if kernel is not None and kernel.fits(like, like.to(wide_dtype(dtype))):
         return "Triton scan"
     return "chunked Toeplitz scan"
 
@@ -75,11 +76,6 @@ def diagonal_scan_reference(x: Tensor, decay: Tensor, initial: Tensor | None = N
         s = decay * s + x[:, t]
         rows.append(s)
     return torch.stack(rows, dim=1), s
-
-
-def scan_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which a state is kept: fp32, or fp64 in an fp64 model."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def check_shapes(x: Tensor, decay: Tensor, initial: Tensor | None) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernels_fit, normalize
 from longctx.ops.operators import differentiable
+from longctx.ops.precision import wide_dtype
 from longctx.ops.weight_gradient import WeightGradient, in_formats_of
 
 # Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU a part of the
@@ -250,7 +251,7 @@ class _GeluGradients:
     def __init__(self, like: Tensor, bias: Tensor) -> None:
         self.like, self.bias = like, bias
         self.fused = kernels_fit(like) and bias.shape[0] <= kernels.WIDEST
-        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.dtype = wide_dtype(like.dtype)
         self.parts: list[Tensor] = []
         self.partials: Tensor | None = None
 

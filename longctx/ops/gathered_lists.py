@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from longctx.ops.block_plan import BlockSparse, visible_blocks
+from longctx.ops.precision import wide_dtype
 
 # Bound on the gathered keys and values of one slab. On a CPU they should stay in the cache.
 CPU_SLAB_BYTES = 16 << 20
@@ -198,7 +199,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         # What is summed in fp32 may be multiplied in half precision, as the fused kernels do it.
         pair = a.to(b.dtype).flatten(0, 1), b.flatten(0, 1)
         return torch.bmm(*pair, out_dtype=torch.float32).unflatten(0, b.shape[:2])
-    dtype = torch.promote_types(b.dtype, torch.float32)
+    dtype = wide_dtype(b.dtype)
     return a.to(dtype) @ b.to(dtype)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from longctx.ops.operators import differentiable
+from longctx.ops.precision import wide_dtype
 from longctx.ops.weight_gradient import in_formats_of
 
 try:
@@ -140,8 +141,7 @@ class NormGradients:
         self.fused = kernels_fit(x)
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         count = kernels.programs(rows) if self.fused else 1
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.partials = x.new_zeros(count, 3, width, dtype=dtype)
+        self.partials = x.new_zeros(count, 3, width, dtype=wide_dtype(x.dtype))
 
     def rows(self, grad: Tensor, x: Tensor, *, out: Tensor, beside: Tensor | None = None) -> None:
         """out = gradient of x given that of LayerNorm(x), plus `beside`: all `[rows, D]` and contiguous.

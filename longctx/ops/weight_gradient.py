@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longctx.ops.precision import wide_dtype
+
 
 class WeightGradient:
     """Sum over slabs of grad^T @ rows, `[W, D]`, for grad `[t, W]` and rows `[t, D]`."""
@@ -42,7 +44,7 @@ class GradientSums:
     def add(self, name: str, value: Tensor) -> None:
         """value: of the shape of the parameter, and not written to by the caller afterwards."""
         mine = self.sums[name]
-        value = value.to(_sum_dtype(value))
+        value = value.to(wide_dtype(value.dtype))
         mine.total = value if mine.total is None else mine.total + value
 
     def outer(self, name: str, left: Tensor, right: Tensor) -> None:
@@ -55,7 +57,7 @@ class GradientSums:
         """The sum so far, zeros if nothing was added."""
         found, like = self.sums[name].total, self.parameters[name]
         # Of a bias it may have been a matrix of one row.
-        return like.new_zeros(like.shape, dtype=_sum_dtype(like)) if found is None else found.view(like.shape)
+        return like.new_zeros(like.shape, dtype=wide_dtype(like.dtype)) if found is None else found.view(like.shape)
 
     def used_here(self) -> None:
         """Say that sums which were made on another CUDA stream are used on this one, until they are let go."""
@@ -73,7 +75,3 @@ def in_formats_of(parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> list[
     found = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in parameters]
     torch._foreach_copy_(found, sums)
     return found
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
