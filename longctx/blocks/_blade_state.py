@@ -8,24 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from longctx.blocks._states import Tape
 from longctx.ops.decode import Live, Stream
 
 if TYPE_CHECKING:
     from longctx.blocks.blade import BLADEBlock
-
-
-@dataclass(eq=False)
-class Tape:
-    """Keys and values of a chunk in arrival order, with room behind them, so that a token moves none of the others.
-
-    rows `[B, capacity, 2GK]`; the first `used` of them are written, and never written again.
-    """
-
-    rows: Tensor
-    used: int
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,25 +61,3 @@ class BLADEStream(Stream):
         # A copy: autograd refuses to save what inference mode made.
         start = self.start.clone()
         return BLADEState(s=self.s, start=start, total=self.live.total(), kv=self.live.recent())
-
-
-def append(state: BLADEState, new: Tensor, chunk_size: int) -> tuple[Tensor, Tape]:
-    """Keys and values of the chunk with those of `new` `[B, n, 2GK]` behind them, and the tape they are on
-    (of at most `chunk_size` tokens)."""
-    before, tokens = state.kv.shape[1], new.shape[1]
-    tape = state.tape
-    # Another state may have gone on from this one: what lies behind it on the tape is then the other's.
-    goes_on = (
-        tape is not None
-        and tape.used == before
-        and before + tokens <= tape.rows.shape[1]
-        and tape.rows.dtype == new.dtype
-        and not (tape.rows.is_inference() and not torch.is_inference_mode_enabled())
-    )
-    if not goes_on:
-        room = min(chunk_size, max(2 * (before + tokens), 64))
-        tape = Tape(rows=new.new_empty(new.shape[0], room, new.shape[2]), used=before)
-        tape.rows[:, :before] = state.kv
-    tape.rows[:, before : before + tokens] = new
-    tape.used += tokens
-    return tape.rows[:, : tape.used], tape

@@ -1,8 +1,9 @@
-"""States of streams, whatever the block: the tensors in them, and where these may be used."""
+"""States of streams, whatever the block: the tensors in them, where these may be used, and how short keys grow."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,3 +58,36 @@ def usable(state: Any) -> Any:
 def _fields(state: Any) -> list[str]:
     names = [field.name for field in dataclasses.fields(state)]
     return [name for name in names if isinstance(getattr(state, name), Tensor | KeyValues)]
+
+
+@dataclass(eq=False)
+class Tape:
+    """Keys and values in arrival order, with room behind them, so that a token moves none of the others.
+
+    rows `[B, capacity, 2GK]`; the first `used` of them are written, and never written again.
+    """
+
+    rows: Tensor
+    used: int
+
+    def goes_on(self, end: int, new: Tensor) -> bool:
+        """Whether `new` `[B, t, 2GK]` can follow what ends at `end`."""
+        return (
+            # Another state may have gone on from the same one: what lies behind `end` is then the other's.
+            self.used == end
+            and end + new.shape[1] <= self.rows.shape[1]
+            and self.rows.dtype == new.dtype
+            and not (self.rows.is_inference() and not torch.is_inference_mode_enabled())
+        )
+
+
+def append(tape: Tape | None, end: int, kv: Tensor, new: Tensor, room: int) -> tuple[Tensor, Tape]:
+    """(kv `[B, n, 2GK]`, which ends at `end` on the tape, and new `[B, t, 2GK]` behind it; the tape they are on: the
+    same, or another one of `room` rows)."""
+    if tape is None or not tape.goes_on(end, new):
+        tape = Tape(rows=new.new_empty(new.shape[0], room, new.shape[2]), used=kv.shape[1])
+        tape.rows[:, : kv.shape[1]] = kv
+    first = tape.used - kv.shape[1]
+    tape.rows[:, tape.used : tape.used + new.shape[1]] = new
+    tape.used += new.shape[1]
+    return tape.rows[:, first : tape.used], tape

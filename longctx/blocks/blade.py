@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from longctx.blocks import _shell
 from longctx.blocks._blade_reference import cost, reference
-from longctx.blocks._blade_state import BLADEState, BLADEStream, Tape, append
+from longctx.blocks._blade_state import BLADEState, BLADEStream
 from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import BlockSpec
-from longctx.blocks._states import usable
+from longctx.blocks._states import Tape, append, usable
 from longctx.errors import UsageError
 from longctx.ops.blade_chain import (
     ChainWeights,
@@ -316,7 +316,9 @@ class BLADEBlock(PreNormBlock):
     ) -> BLADEState | None:
         """Part of a chunk: x `[B, n, D]` and its projection -> the state after it, None if it is not needed."""
         q, kv = qkv.split([self.d_model, self._kv_width], dim=-1)
-        kv, tape = append(state, kv, self.chunk_size)
+        filled = state.kv.shape[1]
+        room = min(self.chunk_size, max(2 * (filled + x.shape[1]), 64))
+        kv, tape = append(state.tape, filled, state.kv, kv, room)
         parts = (weights, weights.global_kv(), x, q, kv, state.start)
         mean = chain_chunk(*parts, residual=residual, hidden=hidden, want_mean=needed)
         return None if mean is None else self._advance(state, mean, kv, x.shape[1], tape)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longctx.blocks._shell import PreNormBlock, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
+from longctx.blocks._states import Tape, append
 from longctx.config import Cell
 from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights
@@ -39,18 +40,6 @@ except ImportError:  # a torch without Triton
     dual = fused = None
 
 
-@dataclass(eq=False)
-class _Tape:
-    """Keys and values in arrival order, with room behind them: a token is added without moving the others.
-
-    rows `[B, capacity, 2GK]`, keys then values; the first `used` of them are written and never written again,
-    so that every state that looks at them stays what it was.
-    """
-
-    rows: Tensor
-    used: int
-
-
 @dataclass(kw_only=True, eq=False)
 class DPASSMState:
     """What a stream carries on.
@@ -62,7 +51,7 @@ class DPASSMState:
 
     s: Tensor
     kv: Tensor
-    tape: _Tape | None = None
+    tape: Tape | None = None
     end: int = 0
 
     def detach(self) -> DPASSMState:
@@ -265,7 +254,7 @@ class DPASSMBlock(PreNormBlock):
         tokens, halo = u.shape[1], state.kv.shape[1]
         if tokens < self.window_size:
             q, new = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
-            kv, tape = self._append(state, new)
+            kv, tape = append(state.tape, state.end, state.kv, new, halo + 2 * self.window_size + tokens)
             kept = DPASSMState(s=s_end, kv=self._last(kv), tape=tape, end=tape.used) if keep_state else None
             return self._window(q, kv), kept
         weight = self.qkv_proj.weight
@@ -275,26 +264,6 @@ class DPASSMBlock(PreNormBlock):
         project_into(u, weight, out=rows[:, halo:])
         kept = DPASSMState(s=s_end, kv=self._last(kv).clone()) if keep_state else None
         return self._window(q, kv), kept
-
-    def _append(self, state: DPASSMState, new: Tensor) -> tuple[Tensor, _Tape]:
-        """Keys and values `[B, n + t, 2GK]`, `new` `[B, t, 2GK]` at their end, and the tape they are on."""
-        halo, tokens = state.kv.shape[1], new.shape[1]
-        tape = state.tape
-        # Another state may have gone on from this one: what lies behind it on the tape is then the other's.
-        goes_on = (
-            tape is not None
-            and tape.used == state.end
-            and tape.used + tokens <= tape.rows.shape[1]
-            and not (tape.rows.is_inference() and not torch.is_inference_mode_enabled())
-        )
-        if not goes_on:
-            room = 2 * self.window_size + tokens
-            tape = _Tape(rows=new.new_empty(new.shape[0], halo + room, self._kv_width), used=halo)
-            tape.rows[:, :halo] = state.kv
-        first = tape.used - halo
-        tape.rows[:, tape.used : tape.used + tokens] = new
-        tape.used += tokens
-        return tape.rows[:, first : tape.used], tape
 
     def _last(self, kv: Tensor) -> Tensor:
         return kv[:, max(0, kv.shape[1] - (self.window_size - 1)) :]
