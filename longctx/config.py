@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ MODES = ("forward", "train", "decode", "prefill")
 LIGHTNING = "lightning"
 """The mode of cells and rows of --lightning-mode: a whole training step, as Lightning's Trainer runs it."""
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised when the way a number is made changes, so that old and new figures are never mixed by --resume."""
 
 MAX_LENGTH = 1 << 30
@@ -261,6 +262,10 @@ class BenchmarkConfig:
     """Blocks in a row: each has weights of its own."""
 
     def __post_init__(self) -> None:
+        self.results_dir = os.fspath(self.results_dir)
+        self.output_file = None if self.output_file is None else os.fspath(self.output_file)
+        if isinstance(self.sequence_lengths, int | str):
+            self.sequence_lengths = [self.sequence_lengths]
         self.sequence_lengths = list(dict.fromkeys(parse_length(length) for length in self.sequence_lengths))
         if not self.sequence_lengths:
             raise UsageError("no sequence length is given", "write --sequence-lengths 1K 4K 16K")
@@ -280,6 +285,8 @@ class BenchmarkConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
         for name in ("timeout", "max_time"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):

@@ -59,8 +59,8 @@ class Run:
             self.token, self.x = x[:, -1:].clone(), None
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """In which calls are made: inference mode, but for training."""
-        return contextlib.nullcontext() if self.cell.mode == "train" else torch.inference_mode()
+        """In which calls are made: without gradients, but for training."""
+        return contextlib.nullcontext() if self.cell.mode == "train" else self.loaded.no_gradients()
 
     @property
     def most_calls(self) -> int | None:
@@ -78,7 +78,7 @@ class Run:
             self._forget_gradients()
         elif self.cell.mode == "decode" and (self.state is None or self.steps > self.most_calls):
             self.state, self.steps = None, 0
-            with torch.inference_mode():
+            with self.loaded.no_gradients():
                 x = make_input(self.cell, self.token.device, seed=self.loaded.seed)
                 _, self.state = self.loaded.prefill(x)
             self._count(self.state)

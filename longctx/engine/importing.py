@@ -165,12 +165,20 @@ def _is_installed(path: str) -> bool:
     return any(Path(path).is_relative_to(folder) for folder in installed)
 
 
+def said_by(error: BaseException) -> str:
+    """The message of an exception, also of one whose message cannot be made."""
+    try:
+        return str(error).strip()
+    except Exception as second:
+        return f"its message cannot be made: {type(second).__name__}"
+
+
 def in_words(error: BaseException) -> str:
     """`ValueError in mine.py, line 12: the message`: the kind, the innermost line of the user's own, what was said."""
     ours = Path(__file__).parents[1]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
     frames = [f for f in frames if not (_is_installed(f.filename) or Path(f.filename).is_relative_to(ours))]
-    head, text = type(error).__name__, str(error).strip()
+    head, text = type(error).__name__, said_by(error)
     if frames:
         head += f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}"
     return f"{head}: {text}" if text else head

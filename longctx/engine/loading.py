@@ -16,10 +16,12 @@ Letters: B batch, T sequence length, D d_model.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,12 +60,18 @@ class LoadedBlock:
     """Builds the same module again in another dtype, on the same device, with weights of its own."""
     takes_keep_state: bool = False
     seed: int = 0
+    ours: bool = False
 
     @property
     def path(self) -> str | None:
         """The implementation that runs, in words, if the module tells (`path`). Read it after a call."""
         path = getattr(self.module, "path", None)
         return path if isinstance(path, str) else None
+
+    def no_gradients(self) -> contextlib.AbstractContextManager[Any]:
+        """In which it is called outside of training: inference mode for blocks of ours. A user's may keep what it makes
+        in its first call (a mask, rotary tables), which training then could not use; or need gradients of its own."""
+        return torch.inference_mode() if self.ours else torch.no_grad()
 
     def call(self, x: Tensor) -> Tensor:
         """y `[B, T, D]` for x `[B, T, D]`: what mode forward times. No state is kept."""
@@ -105,7 +113,7 @@ class LoadedBlock:
             twin = self.rebuild(dtype)
             twin.load_state_dict(self.module.state_dict())
         else:
-            twin = copy.deepcopy(self.module).to(dtype)
+            twin = _moved(copy.deepcopy(self.module), None, dtype)
         return twin.eval()
 
 
@@ -190,6 +198,7 @@ def _load_own(request: BlockRequest, cell: Cell, device: torch.device, dtype: to
         tolerances=spec.tolerances,
         rebuild=build,
         takes_keep_state=True,
+        ours=True,
     )
 
 
@@ -249,9 +258,7 @@ def _load_user(request: BlockRequest, cell: Cell, device: torch.device, dtype: t
     }
     arguments, resolved = _arguments(target, request, shared, options)
 
-    module = _build_user(target, request, arguments)
-    # What it was not told it may have made on the default device and in the default dtype.
-    module = module.to(device=device, dtype=dtype)
+    module = _build_user(target, request, arguments, device, dtype)
     own_step = callable(getattr(module, "step", None)) and callable(getattr(module, "init_state", None))
     causal = _offered(module, target, "causal") is True
     return LoadedBlock(
@@ -300,13 +307,39 @@ def _arguments(
     return passed | dict(options), {n: _plain(v) for n, v in (defaults | dict(options)).items()}
 
 
+def _moved(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """The module on `device`, its real numbers in `dtype`: `Module.to` would take the imaginary part of the others."""
+    if dtype is None or not any(t.is_complex() for t in (*module.parameters(), *module.buffers())):
+        return module.to(device=device, dtype=dtype)
+
+    def move(t: Tensor) -> Tensor:
+        wanted = dtype if t.is_floating_point() else t.dtype
+        return t.to(device=device, dtype=torch.complex128 if t.is_complex() and dtype == torch.float64 else wanted)
+
+    return module._apply(move)
+
+
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+    """A value that a file can hold, and that is the same in the next process: no address in a function's name."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _build_user(target: Callable[..., Any], request: BlockRequest, arguments: Mapping[str, Any]) -> nn.Module:
+def _build_user(
+    target: Callable[..., Any],
+    request: BlockRequest,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
     try:
         module = target(**arguments)
+        if isinstance(module, nn.Module):
+            # What it was not told it may have made on the default device and in the default dtype. What it was told it
+            # may have kept to where it wants to, with a decay in fp32, say.
+            told = _accepts(target, "dtype") and any(p.dtype == dtype for p in module.parameters())
+            module = _moved(module, device, None if told else dtype)
     except (LongctxError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:

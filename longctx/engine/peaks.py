@@ -94,7 +94,8 @@ def keep_peaks(key: str, peaks: Peaks) -> Peaks:
     documents.pop(key, None)
     documents[key] = asdict(replace(best, spread=None, contended=False, flops=dict(best.flops)))
     text = json.dumps(dict(list(documents.items())[-_KEPT_KEYS:]), indent=1)
-    with contextlib.suppress(OSError):
+    # No home is a RuntimeError.
+    with contextlib.suppress(OSError, RuntimeError):
         write_atomically(cache_path(), text + "\n")
     return best
 

@@ -80,14 +80,17 @@ class InProcess:
 
         self._events: list[dict[str, Any]] = []
         self._on_event: OnEvent | None = None
+        self._stdout = sys.stdout
         self._session = Session(config, self._receive)
 
     def ask(
         self, job: Mapping[str, Any], *, timeout: float, on_event: OnEvent | None = None, until: str = "done"
     ) -> dict[str, Any]:
         """Do one job and return its "done" event. Raises Refused."""
-        self._on_event = on_event
-        self._session.run(job)
+        self._on_event, self._stdout = on_event, sys.stdout
+        # What a block prints is no part of what we print.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._session.run(job)
         event = self._events.pop()
         if event["event"] == "refused":
             raise Refused(event)
@@ -103,7 +106,8 @@ class InProcess:
         if event["event"] in ("done", "refused"):
             self._events.append(event)
         elif self._on_event is not None:
-            self._on_event(event)
+            with contextlib.redirect_stdout(self._stdout):
+                self._on_event(event)
 
 
 class WorkerProcess:
@@ -277,9 +281,11 @@ def child_environment(*, elsewhere: bool = False) -> dict[str, str]:
     elsewhere: for a process with another working directory, where a relative path of the user's leads elsewhere.
     """
     environment = dict(os.environ)
-    package = str(Path(longctx.__file__).parent.parent)
-    if elsewhere or package == os.getcwd():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), package]))
+    package = Path(longctx.__file__).parent.parent
+    # First, so that it is this one and no other that is found; among installed ones it is so already.
+    if elsewhere or not {"site-packages", "dist-packages"} & set(package.parts):
+        paths = [str(package), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 

@@ -332,7 +332,7 @@ class _PairedSweep(Sweep):
         for which, (cell, row) in enumerate(zip(both, rows, strict=True)):
             if which in found:
                 continue
-            gate, memory = self.config.gate and not row.samples, index == 0 and not self.separate_memory
+            gate, memory = self.config.gate and row.gate is None, index == 0 and not self.separate_memory
             job = self._job(cell, gate=gate, timing=True, memory=memory)
             answer = self._tell(which, cell, job | {"in_turns": True}, until="ready")
             (found if "status" in answer else ready)[which] = answer

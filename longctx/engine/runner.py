@@ -163,11 +163,12 @@ class Sweep(Preparation):
         if len(row.samples) <= index:
             # What was measured once is not skipped because something else has failed since.
             refused = None if row.samples else self._why_not(cell)
-            add_round(row, cell, refused or self._time(cell, row, index))
+            add_round(row, cell, refused or _of_one_source(row, self._time(cell, row, index)))
             # Rounds that were taken over may be of a command that asked for fewer.
             row.config, row.command = self._asked_for(cell)
-        self.rows[cell] = row
+        # Before it can be saved: an end that comes here must leave no row that nobody has judged.
         self.judge.judge(row, cell)
+        self.rows[cell] = row
         mark_suspects(self.rows.values())
         if row.ok and self._lacks_memory(row):
             self._measure_memory(cell, row)
@@ -181,7 +182,7 @@ class Sweep(Preparation):
         return None
 
     def _time(self, cell: Cell, row: BenchmarkResult, index: int) -> dict[str, Any]:
-        gate, memory = self.config.gate and not row.samples, index == 0 and not self.separate_memory
+        gate, memory = self.config.gate and row.gate is None, index == 0 and not self.separate_memory
         if index == 0 and self.separate_memory:
             # It loads torch while nothing is timed, and sleeps while the other works.
             self.memory = self.memory or self._ready(memory=True)
@@ -268,8 +269,8 @@ class Sweep(Preparation):
         if event["event"] != "done":
             return event, worker
         found = event["found"]
-        if found["status"] not in ("ok", "unsupported", "wrong"):
-            # A process in which something went wrong measures nothing more: it may be left in any state.
+        if found["status"] not in ("ok", "unsupported", "wrong") or found.get("leaves_threads"):
+            # A process in which something went wrong, or goes on, measures nothing more: it may be left in any state.
             if found["error"] and not found["error"].get("log_tail"):
                 found["error"]["log_tail"] = worker.log_tail() or None
             worker.close()
@@ -324,6 +325,13 @@ class Sweep(Preparation):
         results = self._finished_rows()
         self.emit(SweepFinished(results=tuple(results), complete=reason is None, reason=reason))
         return results
+
+
+def _of_one_source(row: BenchmarkResult, found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, or that it is of another source than the rest of the row."""
+    if row.source_hash is None or found.get("source_hash") in (None, row.source_hash):
+        return found
+    return fault("failed", "SourceChanged", "its source was changed while the sweep ran: measure it anew")
 
 
 def _is_part(small: Cell, cell: Cell) -> bool:

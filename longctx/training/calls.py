@@ -228,7 +228,7 @@ class ModelRun:
             model.train()
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.cell.mode == "train" else torch.inference_mode()
+        return contextlib.nullcontext() if self.cell.mode == "train" else torch.no_grad()
 
     def prepare(self) -> None:
         if self.cell.mode == "train":

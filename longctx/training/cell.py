@@ -76,8 +76,9 @@ def run_lightning_cell(
     with global_state():
         pinned(config)
         # Known of a block before it is trained: is it right, what is it made of?
+        cache = {} if gate_cache is None else gate_cache
         checked = measure_cell(
-            plain, only_gate, device=device, config=config or _flags_now(), gate_cache=gate_cache or {}, emit=emit
+            plain, only_gate, device=device, config=config or _flags_now(), gate_cache=cache, emit=emit
         )
     found = checked | {"bare_samples_round": [], "lightning": None, "flops": None, "bytes": None, "state_bytes": None}
     if found["status"] != "ok":

@@ -75,7 +75,7 @@ class Vandal(Base):
 class Curious(Base):
     causal = True
     def forward(self, x):
-        assert not self.training and not torch.is_grad_enabled() and torch.is_inference_mode_enabled()
+        assert not self.training and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert torch.get_num_threads() == 2
         return super().forward(x)
 
