@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +15,19 @@ from longctx.errors import LongctxError
 
 
 @contextlib.contextmanager
-def held(resource: str, words: str) -> Iterator[None]:
+def held(resource: str, words: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock on `resource` while the block runs. It is given up with the process, however that ends.
 
-    words: what it is, for the message. Raises LongctxError, naming the process that holds it, rather than wait.
+    words: what it is, for the message. Raises LongctxError, naming the process that holds it, rather than wait for
+    longer than `wait_s`.
     """
+    deadline = time.monotonic() + wait_s
     path = _path(resource)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
+            while not _taken(handle) and time.monotonic() < deadline:
+                time.sleep(0.02)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
@@ -35,6 +40,14 @@ def held(resource: str, words: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def holder(resource: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,7 @@ class BenchmarkCallback(Callback):
         """How long the training has waited for benchmarks, this process's saving and waiting included."""
         self.peak_allocated_bytes = 0
         """Highest level of the CUDA allocator in the training so far: a benchmark resets torch's own counter."""
+        self._run = uuid.uuid4().hex
         self._last_step: int | None = None
         self._resumed_path: Path | None = None
 
@@ -106,6 +108,7 @@ class BenchmarkCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "run": self._run,
             "last_step": self._last_step,
             "results_path": None if self.results_path is None else str(self.results_path),
             "seconds": self.seconds,
@@ -114,7 +117,7 @@ class BenchmarkCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was made: in its results file too, if that is still there."""
-        self._last_step = state_dict["last_step"]
+        self._run, self._last_step = state_dict.get("run", self._run), state_dict["last_step"]
         self.seconds, self.peak_allocated_bytes = state_dict["seconds"], state_dict["peak_allocated_bytes"]
         path = state_dict["results_path"]
         self._resumed_path = None if path is None else Path(path)
@@ -130,6 +133,7 @@ class BenchmarkCallback(Callback):
         self.results_path = path
         upto = self._last_step or 0
         rows = [row for row in read_results(path) if row.training_step is not None]
+        rows = [row for row in rows if row.config.get("run") in (None, self._run)]
         self.benchmark_results = [row for row in rows if row.training_step <= upto]
 
     # -- what -----------------------------------------------------------------------------------------------------
@@ -162,6 +166,7 @@ class BenchmarkCallback(Callback):
                 autocast=trainer.precision_plugin.forward_context,
                 precision=str(trainer.precision),
                 training_step=trainer.global_step,
+                run=self._run,
                 deadline=None if config.max_time is None else time.monotonic() + config.max_time,
                 eager=True,
                 sharded=any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")),

@@ -39,6 +39,8 @@ class Circumstances:
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
     precision: str | None = None
     training_step: int | None = None
+    run: str | None = None
+    """Of which training or runner: rows of one do not take the place of another's."""
     input_generator: InputGenerator | None = None
     deadline: float | None = None
     """time.monotonic() after which cells are skipped."""

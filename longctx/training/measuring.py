@@ -18,6 +18,7 @@ from longctx.config import BenchmarkConfig, BlockRequest, Cell
 from longctx.engine.call import Run
 from longctx.engine.device import describe_device
 from longctx.engine.loading import LoadedBlock
+from longctx.engine.locks import held
 from longctx.engine.machine import available_memory_bytes, describe_host, predict_memory_bytes
 from longctx.engine.measure import Plan, fault_of
 from longctx.engine.memory import measure_memory, resting
@@ -135,8 +136,10 @@ def measure_model(
 
 
 def append_rows(path: Path, rows: list[BenchmarkResult]) -> None:
-    """Put rows into the results file at `path`, which keeps what it holds of other steps. Raises ResultsError."""
-    ResultsFile(path, read_records(path) if path.exists() else ()).save(rows)
+    """Put rows into the results file at `path`, which keeps what it holds of other steps and runs, also of what other
+    processes put there meanwhile. Raises LongctxError."""
+    with held(f"file {path.resolve()}", str(path), wait_s=10.0):
+        ResultsFile(path, read_records(path) if path.exists() else ()).save(rows)
 
 
 # -- one row --------------------------------------------------------------------------------------------------------
@@ -150,7 +153,7 @@ def _row(
     row = new_row(cell, config=config.to_json(), environment=environment, training_step=step)
     row.block_name = name
     row.config |= {"d_model": cell.d_model, "n_heads": cell.n_heads, "device": str(device)}
-    row.config |= {"scope": cell.scope, "precision": circumstances.precision}
+    row.config |= {"scope": cell.scope, "precision": circumstances.precision, "run": circumstances.run}
     return row
 
 
@@ -173,6 +176,7 @@ def _finish(
     add_round(row, cell, found)
     identity = {"options": jsonable(row.block_options), "source_hash": row.source_hash}
     place = {"name": row.block_name, "training_step": row.training_step, "precision": circumstances.precision}
+    place |= {"run": circumstances.run}
     row.key = cell.key(identity=identity, device=row.config["device"], **place)
     return row
 

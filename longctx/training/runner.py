@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class LightningBenchmarkRunner:
     def __init__(self, config: BenchmarkConfig | None = None) -> None:
         self.config = config or BenchmarkConfig()
         self.results: list[BenchmarkResult] = []
+        self._run = uuid.uuid4().hex
 
     def benchmark_lightning_model(
         self,
@@ -52,6 +54,7 @@ class LightningBenchmarkRunner:
             device=None if config.device == "auto" else resolve_device(config.device),
             dtype=None if config.dtype == "auto" else DTYPES[config.dtype],
             input_generator=input_generator,
+            run=self._run,
             deadline=None if config.max_time is None else time.monotonic() + config.max_time,
         )
         with untouched():

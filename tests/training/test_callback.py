@@ -176,6 +176,14 @@ def test_a_resumed_run_goes_on_counting_in_the_same_file(package, make_trainer, 
     assert [r["training_step"] for r in json.loads(first.results_path.read_text())] == [2, 4, 6]
 
 
+def test_another_run_in_the_same_file_takes_no_rows_away(make_trainer, config):
+    for _ in range(2):
+        callback = BenchmarkCallback(config, 2)
+        make_trainer(max_steps=4, callbacks=[callback]).fit(model(), data())
+        assert [row.training_step for row in callback.benchmark_results] == [2, 4]
+    assert [r["training_step"] for r in json.loads(callback.results_path.read_text())] == [2, 4, 2, 4]
+
+
 def test_a_callback_for_each_mode(package, make_trainer, config, tmp_path):
     def callbacks():
         configs = [dataclasses.replace(config, mode=mode, output_file=f"{mode}.json") for mode in ("forward", "train")]
