@@ -6,7 +6,6 @@ import contextlib
 import gc
 import math
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from longctx.engine.importing import in_words, said_by
 from longctx.engine.loading import LoadedBlock, load_block
 from longctx.engine.memory import Resting, measure_memory, resting, settle
 from longctx.engine.timing import Emit, Timing, time_call
+from longctx.engine.traces import Traces
 from longctx.errors import LongctxError
 
 POOL = 3
@@ -108,7 +108,7 @@ def measure_cell(
     numbers += ("allocated_memory_mb", "reserved_memory_mb", "peak_bytes_per_token", "calls_per_sample", "contention")
     numbers += ("joules_per_token", "forward_share", "total_memory_mb")
     found |= dict.fromkeys(numbers)
-    threads = set(threading.enumerate())
+    traces = Traces()
     with global_state():
         try:
             pinned_flags(config)
@@ -117,22 +117,13 @@ def measure_cell(
             raise
         except BaseException as error:
             found |= fault_of(error)
-    found["leaves_threads"] = any(_goes_on(thread) for thread in set(threading.enumerate()) - threads)
+    found["spent"] = traces.left()
     gc.collect()
     if device.type == "cuda":
         # After a device-side fault even this raises; the supervisor replaces the worker then.
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
     return found
-
-
-_LIBRARIES = ("torch", "triton", "concurrent", "tqdm", "multiprocessing")
-
-
-def _goes_on(thread: threading.Thread) -> bool:
-    """Whether a thread that a block has left behind may work on: those of libraries wait to be asked."""
-    source = getattr(getattr(thread, "_target", None), "__module__", None) or type(thread).__module__
-    return thread.is_alive() and source.partition(".")[0] not in _LIBRARIES
 
 
 def _measure(

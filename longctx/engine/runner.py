@@ -269,8 +269,8 @@ class Sweep(Preparation):
         if event["event"] != "done":
             return event, worker
         found = event["found"]
-        if found["status"] not in ("ok", "unsupported", "wrong") or found.get("leaves_threads"):
-            # A process in which something went wrong, or goes on, measures nothing more: it may be left in any state.
+        if found["status"] not in ("ok", "unsupported", "wrong") or found.get("spent"):
+            # A process in which something went wrong, or was left behind, measures nothing more.
             if found["error"] and not found["error"].get("log_tail"):
                 found["error"]["log_tail"] = worker.log_tail() or None
             worker.close()

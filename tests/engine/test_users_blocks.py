@@ -132,6 +132,15 @@ class Where(Good):
             file.write(f"{[t.name for t in threading.enumerate() if 'spin' in t.name]}\\n")
         return self.l(x)
 
+class Patches(Good):
+    def __init__(self, d_model):
+        super().__init__(d_model)
+        slow = torch.nn.functional.linear
+        def linear(*args):
+            (Path(__file__).with_name("patched")).touch()
+            return slow(*args)
+        torch.nn.functional.linear = linear
+
 class Prints(Good):
     def forward(self, x):
         print("hello")
@@ -206,6 +215,21 @@ def test_threads_that_a_block_leaves_behind_slow_no_other(users, tmp_path):
     )
     assert {row.status for row in rows} == {"ok"}
     assert set((tmp_path / "threads").read_text().splitlines()) == {"[]"}
+
+
+def test_what_a_block_puts_in_the_place_of_torch_is_in_no_other_row(users, tmp_path):
+    seen = []
+
+    def look(event):
+        if type(event).__name__ == "CellStarted":
+            (tmp_path / "patched").unlink(missing_ok=True)
+        if type(event).__name__ == "CellFinished":
+            seen.append((event.result.block_name, (tmp_path / "patched").exists()))
+
+    blocks = [users("Patches"), users("Good")]
+    rows, _ = sweep(blocks, tmp_path, sequence_lengths=[16, 24], isolation="worker", on_event=look)
+    assert {row.status for row in rows} == {"ok"}
+    assert set(seen) == {("Patches", True), ("Good", False)}
 
 
 def test_a_file_that_is_changed_while_the_sweep_runs(users, tmp_path):
