@@ -285,8 +285,8 @@ class BenchmarkConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not abs(self.seed) < 1 << 62:
+            raise UsageError(f"seed must be a whole number of up to 62 bits, not {self.seed!r}")
         for name in ("timeout", "max_time"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
