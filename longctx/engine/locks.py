@@ -25,16 +25,14 @@ def held(resource: str, words: str, *, wait_s: float = 0.0) -> Iterator[None]:
     path = _path(resource)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            while not _taken(handle) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise LongctxError(
-                f"another sweep is using {words} (process {holder})",
-                "two at once would measure each other: wait for it, or end it",
-            ) from None
+        while not _take(handle):
+            if time.monotonic() >= deadline:
+                holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise LongctxError(
+                    f"another sweep is using {words} (process {holder})",
+                    "two at once would measure each other: wait for it, or end it",
+                )
+            time.sleep(0.02)
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
@@ -42,7 +40,7 @@ def held(resource: str, words: str, *, wait_s: float = 0.0) -> Iterator[None]:
         os.close(handle)
 
 
-def _taken(handle: int) -> bool:
+def _take(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

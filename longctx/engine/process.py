@@ -282,10 +282,13 @@ def child_environment(*, elsewhere: bool = False) -> dict[str, str]:
     """
     environment = dict(os.environ)
     package = Path(longctx.__file__).parent.parent
-    # First, so that it is this one and no other that is found; among installed ones it is so already.
-    if elsewhere or not {"site-packages", "dist-packages"} & set(package.parts):
-        paths = [str(package), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if not {"site-packages", "dist-packages"} & set(package.parts):
+        # First, so that it is this one and no other that is found.
+        environment["PYTHONPATH"] = os.pathsep.join([str(package), *paths])
+    elif elsewhere:
+        # Last, as installed packages must not come before what the user has put in front of them.
+        environment["PYTHONPATH"] = os.pathsep.join([*paths, str(package)])
     return environment
 
 

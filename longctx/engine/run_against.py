@@ -22,7 +22,7 @@ from longctx.config import AGAINST_ROUNDS, BenchmarkConfig, BlockRequest, Cell, 
 from longctx.engine.preparation import own_spelling, requested
 from longctx.engine.process import Worker
 from longctx.engine.rows import add_round
-from longctx.engine.runner import Sweep
+from longctx.engine.runner import Sweep, of_one_source
 from longctx.engine.turns import Turns
 from longctx.errors import LongctxError, UsageError
 from longctx.events import CellFinished, CellPhase, Event, Notice, SampleTaken
@@ -293,7 +293,7 @@ class _PairedSweep(Sweep):
         rows = [self.rows.get(each) or self._new_row(each) for each in both]
         if len(rows[0].samples) <= index:
             for each, row, found in zip(both, rows, self._time_both(both, rows, index), strict=True):
-                add_round(row, each, found)
+                add_round(row, each, of_one_source(row, found))
                 row.config, row.command = self._asked_for(each)
                 self.rows[each] = row
         for side, each, row in zip(self.sides, both, rows, strict=True):

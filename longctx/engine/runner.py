@@ -163,7 +163,7 @@ class Sweep(Preparation):
         if len(row.samples) <= index:
             # What was measured once is not skipped because something else has failed since.
             refused = None if row.samples else self._why_not(cell)
-            add_round(row, cell, refused or _of_one_source(row, self._time(cell, row, index)))
+            add_round(row, cell, refused or of_one_source(row, self._time(cell, row, index)))
             # Rounds that were taken over may be of a command that asked for fewer.
             row.config, row.command = self._asked_for(cell)
         # Before it can be saved: an end that comes here must leave no row that nobody has judged.
@@ -327,7 +327,7 @@ class Sweep(Preparation):
         return results
 
 
-def _of_one_source(row: BenchmarkResult, found: dict[str, Any]) -> dict[str, Any]:
+def of_one_source(row: BenchmarkResult, found: dict[str, Any]) -> dict[str, Any]:
     """What was found, or that it is of another source than the rest of the row."""
     if row.source_hash is None or found.get("source_hash") in (None, row.source_hash):
         return found

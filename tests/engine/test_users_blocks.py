@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_sweeps import config_of, statuses, sweep
 
+import longctx
 from longctx.config import BenchmarkConfig, BlockRequest, Cell
 from longctx.engine import runner
 from longctx.engine.importing import said_by
@@ -285,7 +286,12 @@ def test_an_error_that_cannot_say_what_it_is():
 def test_workers_find_this_package_before_any_other(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
     package = str(Path(runner.__file__).parents[2])
-    assert child_environment(elsewhere=True)["PYTHONPATH"].split(os.pathsep) == [package, "/somewhere/else"]
+    assert child_environment()["PYTHONPATH"].split(os.pathsep) == [package, "/somewhere/else"]
+    # What is installed stays behind what the user has put in front of it.
+    monkeypatch.setattr(longctx, "__file__", "/lib/site-packages/longctx/__init__.py")
+    assert child_environment()["PYTHONPATH"] == "/somewhere/else"
+    paths = child_environment(elsewhere=True)["PYTHONPATH"].split(os.pathsep)
+    assert paths == ["/somewhere/else", "/lib/site-packages"]
 
 
 def test_a_configuration_of_paths_and_of_one_length(tmp_path):
