@@ -38,8 +38,7 @@ from longctx.ops.blade_chain import (
     chunk_attention,
     chunk_attention_path,
 )
-from longctx.ops.blade_graph import ChainGraphs, Slab, kernels_fit
-from longctx.ops.blade_pipeline import run_slabs
+from longctx.ops.blade_graph import ChainGraphs, kernels_fit
 from longctx.ops.blade_training import whole_chunks
 from longctx.ops.blade_training_graph import MOST_CHUNK_TOKENS, TrainingGraphs
 from longctx.ops.decode import Decoder, decode_path, step_key, step_weights
@@ -268,7 +267,7 @@ class BLADEBlock(PreNormBlock):
         for in_graphs, group in itertools.groupby(slabs, lambda slab: slab[3] and graphs is not None):
             if in_graphs:
                 pairs = [by_chunks(*place) for *place, _ in group]
-                state = self._fresh(run_slabs(graphs, pairs, state.start, self._begin_slab, self._end_slab))
+                state = self._fresh(graphs.run(pairs, state.start, self._project))
                 continue
             for start, count, size, whole in group:
                 x_slab, y_slab = by_chunks(start, count, size)
@@ -285,12 +284,6 @@ class BLADEBlock(PreNormBlock):
                     state = self._part(weights, x_slab[0], qkv[0], state, residual[0], hidden[0], needed)
                 self._contract(residual, hidden, scratch, out=y_slab)
         return y, state if keep_state else None
-
-    def _begin_slab(self, slab: Slab, scratch: Tensor) -> None:
-        self._project(slab.residual, slab.qkv, scratch)
-
-    def _end_slab(self, slab: Slab, scratch: Tensor, y: Tensor) -> None:
-        self._contract(slab.residual, slab.hidden, scratch, out=y)
 
     def _project(self, x: Tensor, qkv: Tensor, scratch: Tensor | None = None) -> Tensor:
         """What comes before the chain, for a slab: x `[count, B, n, D]` -> qkv. Returns a buffer of the shape of x."""

@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.blade_kernels import MOST_PARTS, Composed, large_tiles_fit, padded_states
+from longctx.ops.blade_kernels import MOST_PARTS, Composed, fetch_rows, large_tiles_fit, padded_states
 from longctx.ops.blade_table import at, rows_at
 from longctx.ops.launch import launch, launches_early
 
 WIDEN = (64, 128, 8)
-TURN = (64, 64, 128, 4, 3)
+TURN = (64, 64, 128, 4, 4)
 ATTEND = (64, 64, 4, 2)
 """Tile sizes (rows, columns, for turn depth), warps, and pipeline stages."""
 
@@ -126,12 +126,12 @@ class Backward:
         # By a kernel, not by a copy of memory, behind which no kernel can be launched early.
         torch.mul(ds, 1.0, out=gathered[:, 0, :states])
         for index in reversed(range(count)):
-            self._chunk(table, index)
+            self._chunk(table, index, ahead=int(index > 0))
             if gathered is not self.partials:
                 torch.sum(self.partials, 1, keepdim=True, out=gathered)
         torch.sum(gathered[:, :, :states], 1, out=ds)
 
-    def _chunk(self, table: Tensor, index: int) -> None:
+    def _chunk(self, table: Tensor, index: int, ahead: int) -> None:
         weights, composed, chunk, padded = self.weights, self.weights.composed, self.chunk, self.padded
         width, wide, states = composed.values.shape[0], composed.up.shape[0], len(composed.constant)
         rows, columns = composed.inject.shape
@@ -154,10 +154,10 @@ class Backward:
         launch(_turn, self.turn_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
         tile_m, tile_n, warps, stages = ATTEND
-        values = (table, self.delta, composed.inject, self.halfway, self.partials, index, chunk, width, rows, columns)
-        values = (*values, states, self.first, self.parts, head**-0.5)
+        values = (table, self.delta, composed.inject, self.halfway, self.partials, index, ahead, chunk, width, rows)
+        values = (*values, columns, states, self.first, self.parts, head**-0.5)
         constants = {"GROUP": heads // groups, "KV": groups * head, "PAD": padded, "K": head, "M": tile_m, "N": tile_n}
-        constants["EARLY"] = early
+        constants |= {"SHARES": -(-self.first // self.parts), "EARLY": early}
         launch(_attend_backward, self.attend_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
 
@@ -181,6 +181,7 @@ def _widen(
     w = tl.load(state + channels[:, None] * WIDE + cols[None, :], mask=known[:, None], other=0.0).to(tl.float32)
     sums, shift = tl.load(up_sum + cols), tl.load(up_shift + cols)
     slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    handed_on = at(table, DSTATES, up_sum, place * states)
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -191,7 +192,7 @@ def _widen(
         block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
     ds = tl.sum(block, 0)
     if (tile_m == 0) & (tile_n == 0):
-        tl.store(at(table, DSTATES, up_sum, place * states) + channels, ds, mask=known)
+        tl.store(handed_on + channels, ds, mask=known)
     added = tl.sum(w * ds[:, None], 0) * inverse
     grad = (slope * (given + added[None, :])).to(state.dtype.element_ty)
     tl.store(dwide, grad, mask=there)
@@ -225,25 +226,28 @@ def _turn(
     sums = tl.load(through_sum + cols)
     w = tl.load(pass_mean + channels[:, None] * D + cols[None, :], mask=known[:, None], other=0.0).to(tl.float32)
     back = tl.load(values + cols[:, None] * columns + channels[None, :], mask=known[None, :], other=0.0)
+    handed_on = at(table, DSTATES, through_sum, place * states)
+    dattended = rows_at(table, DATTENDED, through, base) + spots
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    ds = tl.load(at(table, DSTATES, through_sum, place * states) + channels, mask=known, other=0.0)
-    bare += (tl.sum(w * ds[:, None], 0) * inverse)[None, :]
+    # What these are for comes behind the product, whose first tiles are then under way with them.
+    ds = tl.load(handed_on + channels, mask=known, other=0.0)
     pieces = tl.arange(0, PAD_TILES)
     counted = there & (pieces < TILES)[None, :]
     spot = moments + ((item * chunk + rows[:, None]) * TILES + pieces[None, :]) * 2
-    mean = tl.sum(tl.load(spot, mask=counted, other=0.0), 1) / D
-    part_along = tl.sum(tl.load(spot + 1, mask=counted, other=0.0), 1) / D
+    means, parts_along = tl.load(spot, mask=counted, other=0.0), tl.load(spot + 1, mask=counted, other=0.0)
     acc = tl.zeros((M, N), tl.float32)
     for start in range(0, WIDE, K):
         inner = start + tl.arange(0, K)
         a = tl.load(dwide + inner[None, :], mask=there, other=0.0)
         b = tl.load(through + inner[:, None] * D + cols[None, :])
         acc = tl.dot(a, b, acc)
+    bare += (tl.sum(w * ds[:, None], 0) * inverse)[None, :]
+    mean, part_along = tl.sum(means, 1) / D, tl.sum(parts_along, 1) / D
     acc = bare + scale[:, None] * (acc - mean[:, None] * sums[None, :] - part_along[:, None] * normed)
     grad = acc.to(through.dtype.element_ty)
-    tl.store(rows_at(table, DATTENDED, through, base) + spots, grad, mask=there)
+    tl.store(dattended, grad, mask=there)
     HEADS: tl.constexpr = N // HEAD
     head = tile_n * HEADS + tl.arange(0, HEADS)
     by_head = tl.sum(tl.reshape(grad.to(tl.float32) * o.to(tl.float32), (M, HEADS, HEAD)), 2)
@@ -254,11 +258,11 @@ def _turn(
     tl.store(partials + (item * tiles + tile_m * (D // N) + tile_n) * PAD + channels, part)
 
 
-@triton.jit(do_not_specialize=["index"])
+@triton.jit(do_not_specialize=["index", "ahead"])
 def _attend_backward(
-    table, deltas, inject, halfway, partials, index, chunk, width, row, columns, states, first, parts, scale,
+    table, deltas, inject, halfway, partials, index, ahead, chunk, width, row, columns, states, first, parts, scale,
     GROUP: tl.constexpr, KV: tl.constexpr, PAD: tl.constexpr,
-    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EARLY: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SHARES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -278,29 +282,55 @@ def _attend_backward(
     v = tl.load(keys + KV, mask=inside, other=0.0)
     mine = (head * K + lanes) * columns
     injected = tl.load(inject + mine[:, None] + channels[None, :], mask=known[None, :], other=0.0)
+    deltas += item * chunk * tl.num_programs(1) + head
+    # The rows nearest to the keys: what they give them in weight does not wait for their gradients.
+    nearest = (tile * N // M) * M
+    rows = nearest + tl.arange(0, M)
+    q = tl.load(base + rows[:, None] * row + head * K + lanes[None, :], mask=rows[:, None] < chunk, other=0.0)
+    top = tl.load(lse + rows, mask=rows < chunk, other=0.0)
+    p = _weights(q, k, top, rows, cols, chunk, scale)
+    if EARLY and ahead != 0:
+        # What the next chunk reads comes from memory meanwhile.
+        heads = tl.num_programs(1)
+        following = (place - tl.num_programs(2)) * chunk
+        inner = tl.minimum(cols, chunk - 1)
+        fetch_rows(rows_at(table, WIDE_ROWS, inject, following * 4 * width), inner, 4 * width, head, heads)
+        fetch_rows(rows_at(table, DWIDE, inject, following * 4 * width), inner, 4 * width, head, heads)
+        fetch_rows(rows_at(table, QKV, inject, following * row), inner, row, head, heads)
+        fetch_rows(rows_at(table, FROM_DY, inject, following * width), inner, width, head, heads)
+        fetch_rows(rows_at(table, ALONG, inject, following * width), inner, width, head, heads)
+        fetch_rows(rows_at(table, ATTENDED, inject, following * width), inner, width, head, heads)
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
     own = tile * tl.num_programs(1) + head
     part = tl.zeros((PAD,), tl.float32)
-    for other in range(own, first, parts):
-        part += tl.load(halfway + (item * first + other) * PAD + channels)
-    acc = tl.zeros((N, K), tl.float32)
-    weighted = tl.zeros((N,), tl.float32)
-    for start in range((tile * N // M) * M, chunk, M):
+    for share in tl.static_range(SHARES):
+        other = own + share * parts
+        part += tl.load(halfway + (item * first + other) * PAD + channels, mask=other < first, other=0.0)
+    da = tl.load(grad + rows[:, None] * width + lanes[None, :], mask=rows[:, None] < chunk, other=0.0)
+    delta = tl.load(deltas + rows * tl.num_programs(1), mask=rows < chunk, other=0.0)
+    acc = tl.dot(p, da)
+    weighted = tl.sum(p.to(tl.float32) * delta[None, :], 1)
+    for start in range(nearest + M, chunk, M):
         rows = start + tl.arange(0, M)
         there = rows[:, None] < chunk
         q = tl.load(base + rows[:, None] * row + head * K + lanes[None, :], mask=there, other=0.0)
         da = tl.load(grad + rows[:, None] * width + lanes[None, :], mask=there, other=0.0)
         top = tl.load(lse + rows, mask=rows < chunk, other=0.0)
-        spot = (item * chunk + rows) * tl.num_programs(1) + head
-        delta = tl.load(deltas + spot, mask=rows < chunk, other=0.0)
-        scores = tl.dot(k, tl.trans(q)) * (scale * 1.4426950408889634) - top[None, :] * 1.4426950408889634
-        seen = (rows[None, :] >= cols[:, None]) & (rows[None, :] < chunk)
-        p = tl.where(seen, tl.exp2(scores), 0.0).to(da.dtype)
+        delta = tl.load(deltas + rows * tl.num_programs(1), mask=rows < chunk, other=0.0)
+        p = _weights(q, k, top, rows, cols, chunk, scale)
         acc = tl.dot(p, da, acc)
         weighted += tl.sum(p.to(tl.float32) * delta[None, :], 1)
     share = tl.sum(acc * v.to(tl.float32), 1) - weighted
     dq = tl.sum(share[:, None] * k.to(tl.float32), 0) * scale
     part += tl.sum(injected.to(tl.float32) * dq[:, None], 0)
     tl.store(partials + (item * parts + own) * PAD + channels, part)
+
+
+@triton.jit
+def _weights(q, k, top, rows, cols, chunk, scale):
+    """Attention's weights, keys by rows `(N, M)`, from log-sum-exps."""
+    scores = tl.dot(k, tl.trans(q)) * (scale * 1.4426950408889634) - top[None, :] * 1.4426950408889634
+    seen = (rows[None, :] >= cols[:, None]) & (rows[None, :] < chunk)
+    return tl.where(seen, tl.exp2(scores), 0.0).to(k.dtype)

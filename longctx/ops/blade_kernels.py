@@ -7,6 +7,8 @@ rides on the three kernels that have to run one after the other:
     project   r = x + W_out a + (W_out W_v W_inject) s;  row statistics of r;  partials of W_state mean(r)
     expand    gelu(W_up norm(r));  partials of (W_state W_down) mean(gelu)
 
+and y = r + W_down gelu + b_down off the chain: `project` also leaves r + b_down, to which that product is added.
+
 The norm before W_up is taken out of the product: W_up norm(r) = ((W_up g) r - mean W_up g) / std + W_up b, so that
 tiles of r go from memory to the tensor cores untouched. A partial is what one tile adds to the next s. They are summed
 in a fixed order: the same input gives the same bits.
@@ -43,8 +45,9 @@ class Tiles:
     expand: tuple[int, int, int, int, int] = (64, 128, 64, 8, 3)
 
 
-LARGE = Tiles(attend=(64, 128, 4, 3), project=(64, 64, 64, 4, 4), expand=(64, 128, 128, 8, 3))
-"""The fastest on an H100, where a program has room for them: some 150 KiB of shared memory."""
+LARGE = Tiles(attend=(64, 64, 4, 4), project=(64, 64, 64, 4, 6), expand=(64, 128, 64, 8, 5))
+"""The fastest on an H200. There a program of any two of the kernels has room beside one of the other in the shared
+memory of a multiprocessor, so that the next is there when the one before ends: 80, 96 and 120 of 227 KiB."""
 
 
 def fits(weights: ChainWeights) -> bool:
@@ -121,16 +124,18 @@ def padded_states(states: int) -> int:
 class Rows:
     """What the forward chain of some chunks reads and writes, all contiguous.
 
-    Read: x `[count, B, C, D]` and qkv `[count, B, C, E]`. Overwritten: residual, like x (it may be x), the sum with the
-    mixer; hidden `[count, B * C, 4D]`, rows after GELU; attended `[B, C, D]`, without what the injection adds to it;
-    states `[B, N]` fp32, at the start of a chunk. lse and wide may be anything.
+    Read: x `[count, B, C, D]` and qkv `[count, B, C, E]`. Overwritten: out, like x (it may be x), the residual with the
+    bias of W_down; hidden `[count, B * C, 4D]`, rows after GELU; residual `[B, C, D]`, the sum with the mixer;
+    attended, like it, without what the injection adds to it; states `[B, N]` fp32, at the start of a chunk. lse and
+    wide may be anything.
 
-    Where rows are kept for a backward pass, attended and states have room for each chunk; overwritten are also the
-    queries in qkv, with the injected ones, lse `[count, B, H, C]` fp32, log-sum-exp of the scores, and wide, like
-    hidden, rows before GELU.
+    Where rows are kept for a backward pass, residual, attended and states have room for each chunk; overwritten are
+    also the queries in qkv, with the injected ones, lse `[count, B, H, C]` fp32, log-sum-exp of the scores, and wide,
+    like hidden, rows before GELU.
     """
 
     x: Tensor
+    out: Tensor
     residual: Tensor
     qkv: Tensor
     hidden: Tensor
@@ -142,10 +147,11 @@ class Rows:
     @property
     def entries(self) -> list[Tensor]:
         """In the order in which the kernels look them up."""
-        return [self.x, self.residual, self.qkv, self.hidden, self.attended, self.states, self.lse, self.wide]
+        rows = [self.x, self.out, self.residual, self.qkv, self.hidden]
+        return [*rows, self.attended, self.states, self.lse, self.wide]
 
 
-INPUT, RESIDUAL, QKV, HIDDEN, ATTENDED, STATES, LSE, WIDE_ROWS = map(tl.constexpr, range(8))
+INPUT, OUT, RESIDUAL, QKV, HIDDEN, ATTENDED, STATES, LSE, WIDE_ROWS = map(tl.constexpr, range(9))
 
 
 class Forward:
@@ -181,13 +187,13 @@ class Forward:
         gathered.zero_()
         torch.sub(s, composed.constant, out=gathered[:, 0, :states])
         for index in range(count):
-            self._chunk(table, index)
+            self._chunk(table, index, ahead=int(index + 1 < count))
             if gathered is not self.partials:
                 torch.sum(self.partials, 1, keepdim=True, out=gathered)
         torch.sum(gathered[:, :, :states], 1, out=s)
         s.add_(composed.constant)
 
-    def _chunk(self, table: Tensor, index: int) -> None:
+    def _chunk(self, table: Tensor, index: int, ahead: int) -> None:
         composed, chunk, padded, kept = self.composed, self.chunk, self.padded, self.kept
         early, more = self.early, self.options
         width, wide, states = composed.values.shape[0], composed.up.shape[0], len(composed.constant)
@@ -195,6 +201,7 @@ class Forward:
         heads, groups = composed.heads, composed.groups
         head = width // heads
         out_w, out_b, state_w = composed.plain
+        down_b = composed.weights.down[1]
         tile_m, tile_n, warps, stages = self.tiles.attend
         values = (table, self.gathered, composed.constant, composed.inject, index, chunk, width, rows, columns, states)
         constants = {"GROUP": heads // groups, "KV": groups * head, "PARTS": self.gathered.shape[1], "PAD": padded}
@@ -203,8 +210,8 @@ class Forward:
         launch(_attend, self.attend_grid, (*values, scale), constants, num_warps=warps, num_stages=stages, **more)
 
         tile_m, tile_n, tile_k, warps, stages = self.tiles.project
-        values = (table, out_w, out_b, composed.pass_on, state_w, self.stats, self.halfway)
-        values = (*values, index, chunk, columns, states, 1.0 / chunk)
+        values = (table, out_w, out_b, down_b, composed.pass_on, state_w, self.stats, self.halfway)
+        values = (*values, index, ahead, chunk, rows, columns, states, 1.0 / chunk)
         constants = {"D": width, "PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept, "EARLY": early}
         launch(_project, self.project_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
@@ -222,6 +229,7 @@ class Forward:
         values = (*values, self.halfway, self.partials, index, chunk, states, self.first, self.parts)
         values = (*values, 1.0 / chunk, composed.eps)
         constants |= {"PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept, "EARLY": early}
+        constants["SHARES"] = -(-self.first // self.parts)
         launch(_expand, self.expand_grid, values, constants, num_warps=warps, num_stages=stages, **more)
 
 
@@ -230,6 +238,19 @@ def large_tiles_fit(device: torch.device, head: int) -> bool:
     if device.type != "cuda" or head > 64:
         return False
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 160 << 10
+
+
+@triton.jit
+def fetch_rows(start, rows, width, turn, turns):
+    """Let rows of `width` two-byte numbers behind `start` come to the L2 cache, and wait for none of them.
+
+    Of each row only lines `turn`, `turn + turns`, ... of 128 bytes: so many programs share the rows.
+    """
+    for line in range(turn, width // 64, turns):
+        places = (start + rows * width + line * 64).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit(do_not_specialize=["index"])
@@ -258,6 +279,16 @@ def _attend(
     rows = tile * M + tl.arange(0, M)
     there = rows[:, None] < chunk
     q = tl.load(base + rows[:, None] * row + head * K + lanes[None, :], mask=there, other=0.0)
+    keys = base + width + (head // GROUP) * K
+    fixed = tl.load(constant + channels, mask=known, other=0.0)
+    handed_on = at(table, STATES, constant, own * states)
+    target = rows_at(table, ATTENDED, inject, own * chunk * width) + rows[:, None] * width + head * K + lanes[None, :]
+    lse = at(table, LSE, constant, (place * tl.num_programs(1) + head) * chunk)
+    # The keys that all rows see do not wait for s.
+    cols = tl.arange(0, N)
+    inside = cols[:, None] < chunk
+    k = tl.load(keys + cols[:, None] * row + lanes[None, :], mask=inside, other=0.0)
+    v = tl.load(keys + KV + cols[:, None] * row + lanes[None, :], mask=inside, other=0.0)
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -266,41 +297,43 @@ def _attend(
         parts = part + tl.arange(0, 64)
         places = (item * PARTS + parts[:, None]) * PAD + channels[None, :]
         block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
-    s = tl.sum(block, 0) + tl.load(constant + channels, mask=known, other=0.0)
+    s = tl.sum(block, 0) + fixed
     if (tile == 0) & (head == 0):
-        tl.store(at(table, STATES, constant, own * states) + channels, s, mask=known)
+        tl.store(handed_on + channels, s, mask=known)
     shift = tl.sum(injected.to(tl.float32) * s[None, :], 1) + bias
     q = (q.to(tl.float32) + shift[None, :]).to(inject.dtype.element_ty)
     if KEEP:
         tl.store(base + rows[:, None] * row + head * K + lanes[None, :], q, mask=there)
-    keys = base + width + (head // GROUP) * K
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, K), tl.float32)
-    for start in range(0, min((tile + 1) * M, chunk), N):
+    top, total, acc = _attend_keys(q, k, v, rows, cols, scale, top, total, acc)
+    for start in range(N, min((tile + 1) * M, chunk), N):
         cols = start + tl.arange(0, N)
         inside = cols[:, None] < chunk
         k = tl.load(keys + cols[:, None] * row + lanes[None, :], mask=inside, other=0.0)
         v = tl.load(keys + KV + cols[:, None] * row + lanes[None, :], mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scale
-        scores = tl.where(rows[:, None] >= cols[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - higher)
-        p = tl.exp2(scores - higher[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-        top = higher
+        top, total, acc = _attend_keys(q, k, v, rows, cols, scale, top, total, acc)
     acc = acc / total[:, None]
-    target = rows_at(table, ATTENDED, inject, own * chunk * width) + rows[:, None] * width + head * K + lanes[None, :]
     tl.store(target, acc.to(inject.dtype.element_ty), mask=there)
     if KEEP:
-        lse = at(table, LSE, constant, (place * tl.num_programs(1) + head) * chunk)
         tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < chunk)
 
 
-@triton.jit(do_not_specialize=["index"])
+@triton.jit
+def _attend_keys(q, k, v, rows, cols, scale, top, total, acc):
+    """Row maxima, sums and weighted values `(M,), (M,), (M, K)` with these keys taken in (online softmax)."""
+    scores = tl.dot(q, tl.trans(k)) * scale
+    scores = tl.where(rows[:, None] >= cols[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    shrink = tl.exp2(top - higher)
+    p = tl.exp2(scores - higher[:, None])
+    return higher, total * shrink + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+
+
+@triton.jit(do_not_specialize=["index", "ahead"])
 def _project(
-    table, weight, bias, pass_on, state, stats, partials, index, chunk, columns, states, inverse,
+    table, weight, bias, down_bias, pass_on, state, stats, partials, index, ahead, chunk, row, columns, states, inverse,
     D: tl.constexpr, PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -319,19 +352,30 @@ def _project(
     through = tl.load(pass_on + cols[:, None] * columns + channels[None, :], mask=known[None, :], other=0.0)
     fixed = tl.load(bias + cols).to(tl.float32) + tl.load(pass_on + cols * columns + states).to(tl.float32)
     w = tl.load(state + channels[:, None] * D + cols[None, :], mask=known[:, None], other=0.0)
+    added = tl.load(down_bias + cols).to(tl.float32)
+    handed_on = at(table, STATES, stats, own * states)
+    residual = rows_at(table, RESIDUAL, weight, own * chunk * D) + spots
+    out = rows_at(table, OUT, weight, place * chunk * D) + spots
+
+    if EARLY and ahead != 0:
+        # What the next chunk's attention reads comes from memory meanwhile.
+        following = rows_at(table, QKV, weight, (place + tl.num_programs(2)) * chunk * row)
+        fetch_rows(following, tl.minimum(rows, chunk - 1), row, tile_n, D // N)
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    s = tl.load(at(table, STATES, stats, own * states) + channels, mask=known, other=0.0)
-    shift = tl.sum(through.to(tl.float32) * s[None, :], 1) + fixed
-    acc = x + shift[None, :]
+    s = tl.load(handed_on + channels, mask=known, other=0.0)
+    acc = tl.zeros((M, N), tl.float32)
     for start in range(0, D, K):
         inner = start + tl.arange(0, K)
         a = tl.load(attended + inner[None, :], mask=there, other=0.0)
         b = tl.load(weight + cols[:, None] * D + inner[None, :])
         acc = tl.dot(a, tl.trans(b), acc)
+    # Behind the product: its first tiles are then under way while s is.
+    acc += x + (tl.sum(through.to(tl.float32) * s[None, :], 1) + fixed)[None, :]
     r = acc.to(weight.dtype.element_ty)
-    tl.store(rows_at(table, RESIDUAL, weight, place * chunk * D) + spots, r, mask=there)
+    tl.store(residual, r, mask=there)
+    tl.store(out, (acc + added[None, :]).to(weight.dtype.element_ty), mask=there)
 
     # Mean and squared deviations of each row within this tile: the next kernel joins them without cancellation.
     r = tl.where(there, r.to(tl.float32), 0.0)
@@ -351,6 +395,7 @@ def _expand(
     index, chunk, states, first, parts, inverse, eps,
     D: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PAD_TILES: tl.constexpr,
     PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr, EARLY: tl.constexpr,
+    SHARES: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -359,6 +404,12 @@ def _expand(
     there = rows[:, None] < chunk
     channels = tl.arange(0, PAD)
     known = channels < states
+    place = index.to(tl.int64) * tl.num_programs(2) + item
+    own = place if KEEP else item.to(tl.int64)
+    residual = rows_at(table, RESIDUAL, weight, own * chunk * D) + rows[:, None] * D
+    hidden = rows_at(table, HIDDEN, weight, place * chunk * WIDE)
+    wide = rows_at(table, WIDE_ROWS, weight, place * chunk * WIDE)
+    spots = rows[:, None] * WIDE + cols[None, :]
     sums, shift = tl.load(weight_sum + cols), tl.load(weight_shift + cols)
     w = tl.load(state + channels[:, None] * WIDE + cols[None, :], mask=known[:, None], other=0.0)
 
@@ -369,31 +420,27 @@ def _expand(
     spot = stats + ((item * chunk + rows[:, None]) * TILES + pieces[None, :]) * 2
     means = tl.load(spot, mask=counted, other=0.0)
     squares = tl.load(spot + 1, mask=counted, other=0.0)
-    mean = tl.sum(means, 1) / TILES
-    away = tl.where(counted, means - mean[:, None], 0.0)
-    variance = (tl.sum(squares, 1) + TILE * tl.sum(away * away, 1)) / D
-    inverse_std = tl.rsqrt(variance + eps)
     # Of the partials of the kernel before, each program passes on its share.
-    own = tile_m * (WIDE // N) + tile_n
+    tile = tile_m * (WIDE // N) + tile_n
     part = tl.zeros((PAD,), tl.float32)
-    for other in range(own, first, parts):
-        part += tl.load(halfway + (item * first + other) * PAD + channels)
+    for share in tl.static_range(SHARES):
+        other = tile + share * parts
+        part += tl.load(halfway + (item * first + other) * PAD + channels, mask=other < first, other=0.0)
 
-    place = index.to(tl.int64) * tl.num_programs(2) + item
-    residual = rows_at(table, RESIDUAL, weight, place * chunk * D) + rows[:, None] * D
-    spots = rows[:, None] * WIDE + cols[None, :]
     acc = tl.zeros((M, N), tl.float32)
     for start in range(0, D, K):
         inner = start + tl.arange(0, K)
         a = tl.load(residual + inner[None, :], mask=there, other=0.0)
         b = tl.load(weight + cols[:, None] * D + inner[None, :])
         acc = tl.dot(a, tl.trans(b), acc)
+    mean = tl.sum(means, 1) / TILES
+    away = tl.where(counted, means - mean[:, None], 0.0)
+    variance = (tl.sum(squares, 1) + TILE * tl.sum(away * away, 1)) / D
+    inverse_std = tl.rsqrt(variance + eps)
     acc = (acc - mean[:, None] * sums[None, :]) * inverse_std[:, None] + shift[None, :]
     if KEEP:
-        wide = rows_at(table, WIDE_ROWS, weight, place * chunk * WIDE)
         tl.store(wide + spots, acc.to(weight.dtype.element_ty), mask=there)
     acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
-    hidden = rows_at(table, HIDDEN, weight, place * chunk * WIDE)
     tl.store(hidden + spots, acc.to(weight.dtype.element_ty), mask=there)
     part += tl.sum(w.to(tl.float32) * tl.sum(tl.where(there, acc, 0.0), 0)[None, :], 1) * inverse
-    tl.store(partials + (item * parts + own) * PAD + channels, part)
+    tl.store(partials + (item * parts + tile) * PAD + channels, part)

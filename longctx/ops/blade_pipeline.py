@@ -1,29 +1,22 @@
-"""BLADE's slabs on CUDA: the chain of one beside what comes before and after the chain of others.
+"""BLADE's slabs in training on CUDA: the chain of one beside what comes before and after the chain of others.
 
 The chain leaves most of a GPU idle, and what is off it fills a GPU. So the rest of a slab runs on a second stream:
 
     caller's stream              chain 0       chain 1       chain 2
     second stream    before 0, | before 1, | after 0, before 2, | after 1, ...
 
-Letters: B batch, C tokens of a chunk, D d_model, N state_dim.
+Without gradients too little is off the chain to pay for the launches.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from longctx.ops.blade_graph import Prepared, Slab
-
-TRAINING_BESIDE, INFERENCE_BESIDE = True, False
-"""Whether a second stream is used, where there is more than one slab; without gradients never in a caller's graph.
-
-On an H200 it takes a tenth off a training step; without gradients too little is off the chain to pay for the launches.
-"""
+TRAINING_BESIDE = True
+"""Whether a second stream is used, where there is more than one slab: on an H200 a tenth off a training step."""
 
 
 def run(
@@ -66,54 +59,6 @@ def run(
         finally:
             # Whatever is let go of from here on may be used again by this stream.
             here.wait_stream(second)
-
-
-def run_slabs(
-    prepared: Prepared,
-    rows: Sequence[tuple[Tensor, Tensor]],
-    s: Tensor,
-    project: Callable[[Slab, Tensor], None],
-    contract: Callable[[Slab, Tensor, Tensor], None],
-) -> Tensor:
-    """Whole chunks without gradients: rows of x and y `[count, B, C, D]` for each slab, s `[B, N]` -> s after them.
-
-    project(slab, scratch) fills qkv from residual, where x has been put; contract(slab, scratch, y) what is left to do
-    behind the chain. scratch: a buffer `[count, B, C, D]`.
-    """
-    like = rows[0][0]
-    scratch = like.new_empty(max(x.numel() for x, _ in rows))
-    beside = INFERENCE_BESIDE and not prepared.captured
-    last = [s]
-    with ExitStack() as held:
-        # In a graph of the caller's each slab is made anew, and there should be one at a time.
-        slabs = (
-            [held.enter_context(prepared.slab(*x.shape[:3], i % 2)) for i, (x, _) in enumerate(rows)] if beside else []
-        )
-
-        def before(index: int) -> None:
-            x = rows[index][0]
-            if not beside:
-                held.close()
-                slabs.append(held.enter_context(prepared.slab(*x.shape[:3])))
-            slab, _ = slabs[index]
-            slab.residual.copy_(x)
-            project(slab, scratch[: x.numel()].view(x.shape))
-
-        def chain(index: int) -> None:
-            slab, replay = slabs[index]
-            slab.s.copy_(last[0])
-            replay()
-            # One after the other, a slab may be another thread's before the next begins.
-            last[0] = slab.s if beside else slab.s.clone()
-
-        def after(index: int) -> None:
-            x, y = rows[index]
-            contract(slabs[index][0], scratch[: x.numel()].view(x.shape), y)
-            if not beside:
-                slabs[index] = None
-
-        run(like.device, len(rows), before, chain, after, beside=beside)
-        return last[0].clone()
 
 
 @functools.cache

@@ -31,6 +31,11 @@ def point(table: Tensor, tensors: Sequence[Tensor]) -> None:
     launch(_point, (1,), (table, *tensors, *[table] * (ENTRIES - len(tensors))), {}, num_warps=1)
 
 
+def holds(rows: Tensor) -> bool:
+    """Whether an entry can be these rows as they lie: without gaps, from a multiple of 16 bytes."""
+    return rows.is_contiguous() and rows.data_ptr() % 16 == 0
+
+
 @triton.jit(do_not_specialize_on_alignment=list("abcdefghij"))
 def _point(table, a, b, c, d, e, f, g, h, i, j):
     tl.store(table, a.to(tl.int64))

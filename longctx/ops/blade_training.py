@@ -72,17 +72,19 @@ def _forward(
     every = slabs(len(rows), x.shape[0] * chunk, x.device)
     with fused_chain(graphs, weights, x.shape[0], chunk) as fused:
         overlaps = pipeline.TRAINING_BESIDE and fused is not None and x.is_cuda
-        buffers = [torch.empty_like(wide[every[0]]) for _ in range(2 if overlaps and len(every) > 1 else 1)]
+        at_once = 2 if overlaps and len(every) > 1 else 1
+        buffers = [torch.empty_like(wide[every[0]]) for _ in range(at_once)]
         # What is passed on between products lies where y will be; without room for it there, beside it.
-        spare = None if out[every[0]].is_contiguous() else torch.empty_like(residual[every[0]])
+        split = not out[every[0]].is_contiguous()
+        spares = [torch.empty_like(residual[every[0]]) for _ in range(at_once if split else 0)]
         dense_rows: dict[int, Tensor] = {}
 
         def passed(index: int) -> Tensor:
             slab = every[index]
-            return out[slab] if spare is None else spare[: slab.stop - slab.start]
+            return spares[index % at_once][: slab.stop - slab.start] if split else out[slab]
 
         def hidden(index: int) -> Tensor:
-            return buffers[index % len(buffers)][: every[index].stop - every[index].start]
+            return buffers[index % at_once][: every[index].stop - every[index].start]
 
         def before(index: int) -> None:
             x_slab = dense_rows[index] = dense(rows[every[index]])
@@ -97,17 +99,23 @@ def _forward(
                 return
             fused.forward(
                 kernels.Rows(
-                    x=x_slab, residual=residual[slab], qkv=qkv[slab], hidden=hidden(index), attended=attended[slab],
-                    states=states[slab], lse=lse[slab], wide=wide[slab],
+                    x=x_slab, out=passed(index), residual=residual[slab], qkv=qkv[slab], hidden=hidden(index),
+                    attended=attended[slab], states=states[slab], lse=lse[slab], wide=wide[slab],
                 )
             )  # fmt: skip
 
         def after(index: int) -> None:
             del dense_rows[index]
             down = passed(index)
-            flat = hidden(index).view(-1, 4 * width)
-            torch.addmm(weights.down[1], flat, weights.down[0].t(), out=down.view(-1, width))
-            torch.add(residual[every[index]], down, out=out[every[index]])
+            flat, narrow = hidden(index).view(-1, 4 * width), down.view(-1, width)
+            if fused is None:
+                torch.addmm(weights.down[1], flat, weights.down[0].t(), out=narrow)
+                torch.add(residual[every[index]], down, out=out[every[index]])
+                return
+            # The chain has left the residual and the bias there.
+            torch.addmm(narrow, flat, weights.down[0].t(), out=narrow)
+            if split:
+                out[every[index]] = down
 
         if fused is not None:
             fused.enter(last)

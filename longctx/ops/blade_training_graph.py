@@ -198,8 +198,8 @@ class TrainingChain:
         lse = self.s.new_zeros(1, batch, composed.heads, chunk)
         if direction == "forward":
             rows = kernels.Rows(
-                x=x, residual=x, qkv=qkv, hidden=hidden, attended=attended, states=self.s[None].clone(), lse=lse,
-                wide=hidden,
+                x=x, out=x, residual=along, qkv=qkv, hidden=hidden, attended=attended, states=self.s[None].clone(),
+                lse=lse, wide=hidden,
             )  # fmt: skip
         else:
             rows = backward_kernels.ReverseRows(

@@ -383,3 +383,17 @@ def test_inside_a_graph_of_the_caller_and_on_another_stream():
     given.copy_(x)
     graph.replay()
     assert relative(out, want) < 1e-2
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_are_read_where_they_lie_and_stay_as_they_are(batch):
+    block, x = on_gpu(), gpu_tokens(batch, 500)
+    want = exact(block, x)[0]
+    shifted = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view_as(x).copy_(x)
+    strided = torch.empty(500, batch, 64, device="cuda", dtype=x.dtype).transpose(0, 1).copy_(x)
+    for given in (x.clone(), shifted, strided):
+        y, _ = block(given)
+        assert relative(y, want) < 2e-2
+        assert torch.equal(given, x)

@@ -36,12 +36,12 @@ def case(*, device, dtype, count=3, batch=1, chunk=64, d_model=64, n_heads=4, nu
 
 
 def exact(weights, x, qkv, s):
-    """residual, hidden and s of the same chain in fp64."""
+    """out, hidden and s of the same chain in fp64: out is what W_down's product with hidden is added to."""
     weights = weights.each(torch.Tensor.double)
     x, qkv, s = (t.double() for t in (x, qkv, s))
     hidden = x.new_empty(x.shape[0], x.shape[1] * x.shape[2], weights.up[0].shape[0])
     s = chain(weights, x, qkv, s, residual=x, hidden=hidden)
-    return x, hidden, s
+    return x + weights.down[1], hidden, s
 
 
 def fused(module, weights, x, qkv, s):
@@ -49,16 +49,16 @@ def fused(module, weights, x, qkv, s):
 
     composed = module.Composed(weights)
     composed.compose()
-    residual, s = x.clone(), s.clone()
+    out, s = x.clone(), s.clone()
     hidden = x.new_full((x.shape[0], x.shape[1] * x.shape[2], weights.up[0].shape[0]), float("nan"))
-    attended, states = torch.empty_like(x[0]), torch.empty_like(s)
+    residual, attended, states = torch.empty_like(x[0]), torch.empty_like(x[0]), torch.empty_like(s)
     rows = module.Rows(
-        x=residual, residual=residual, qkv=qkv, hidden=hidden, attended=attended, states=states, lse=s, wide=hidden
+        x=out, out=out, residual=residual, qkv=qkv, hidden=hidden, attended=attended, states=states, lse=s, wide=hidden
     )
     table = blade_table.new_table(x.device)
     blade_table.point(table, rows.entries)
     module.Forward(composed, *x.shape[1:3]).run(table, s, len(x))
-    return residual, hidden, s
+    return out, hidden, s
 
 
 def relative(got, want):
