@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.blade_kernels import MOST_PARTS, Composed, fetch_rows, large_tiles_fit, padded_states
+from longctx.ops.blade_composed import Composed, padded_states
+from longctx.ops.blade_kernels import MOST_PARTS, fetch_rows, large_tiles_fit
 from longctx.ops.blade_table import at, rows_at
 from longctx.ops.launch import launch, launches_early
 

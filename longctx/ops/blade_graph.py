@@ -25,10 +25,10 @@ from longctx.ops.cuda_graphs import capture
 from longctx.ops.precision import wide_dtype
 
 try:
+    from longctx.ops import blade_composed, blade_table
     from longctx.ops import blade_kernels as kernels
-    from longctx.ops import blade_table
 except ImportError:  # a torch without Triton: the chain is then made of torch's own kernels
-    kernels = blade_table = None
+    kernels = blade_composed = blade_table = None
 
 if TYPE_CHECKING:
     from longctx.ops.blade_kernels import Rows
@@ -100,7 +100,7 @@ class ChainGraphs:
             composed = None
             if kernels_fit(weights):
                 if captured:
-                    composed = kernels.Composed(weights)
+                    composed = blade_composed.Composed(weights)
                     composed.compose()
                 else:
                     self._drop_stale(key)
@@ -108,7 +108,7 @@ class ChainGraphs:
                         while len(self._composed) >= MOST_GRAPHS:
                             self._composed.popitem(last=False)
                         with torch.inference_mode(False), torch.no_grad():
-                            self._composed[key] = kernels.Composed(weights)
+                            self._composed[key] = blade_composed.Composed(weights)
                     composed = self._composed[key]
                     self._graph((*key, "compose"), composed.compose).replay()
             return Prepared(graphs=self, weights=weights, key=key, captured=captured, composed=composed)
@@ -246,7 +246,7 @@ class Prepared:
 
 def kernels_fit(weights: ChainWeights) -> bool:
     """Whether fused Triton kernels do the chain of these weights, rather than torch's own."""
-    return kernels is not None and kernels.fits(weights)
+    return kernels is not None and blade_composed.fits(weights)
 
 
 def _fp32_products() -> Any:

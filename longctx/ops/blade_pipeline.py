@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 TRAINING_BESIDE = True
-"""Whether a second stream is used, where there is more than one slab: on an H200 a tenth off a training step."""
+"""Whether a second stream is used, where there is more than one slab: on an H200 a fortieth off a training step."""
 
 
 def run(

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from longctx.ops.blade_chain import ChainWeights
+from longctx.ops.blade_graph import kernels_fit
 from longctx.ops.blade_training_layout import GRAPH_CHUNKS
 from longctx.ops.cuda_graphs import capture
 
 try:
     from longctx.ops import blade_backward_kernels as backward_kernels
+    from longctx.ops import blade_composed, blade_table
     from longctx.ops import blade_kernels as kernels
-    from longctx.ops import blade_table
 except ImportError:  # a torch without Triton: torch's own kernels then do both chains
-    kernels = backward_kernels = blade_table = None
+    kernels = backward_kernels = blade_composed = blade_table = None
 
 if TYPE_CHECKING:
     from longctx.ops.blade_backward_kernels import ReverseRows
@@ -64,11 +65,6 @@ _holders: weakref.WeakValueDictionary[int, TrainingGraphs] = weakref.WeakValueDi
 _shared: weakref.WeakValueDictionary[tuple, TrainingChain] = weakref.WeakValueDictionary()
 
 
-def fits(weights: ChainWeights) -> bool:
-    """Whether the fused kernels can do both chains with these weights."""
-    return kernels is not None and kernels.fits(weights)
-
-
 def fused_chain(
     number: int, weights: ChainWeights, batch: int, chunk: int, *, backward: bool = False
 ) -> AbstractContextManager[TrainingChain | None]:
@@ -97,7 +93,7 @@ def _training_chain(
 
 def _find(number: int, weights: ChainWeights, batch: int, chunk: int) -> TrainingChain | None:
     holder = _holders.get(number)
-    if holder is None or not fits(weights):
+    if holder is None or not kernels_fit(weights):
         return None
     device, stream = weights.qkv.device, 0
     if device.type == "cuda":
@@ -126,7 +122,7 @@ class TrainingChain:
 
     def __init__(self, weights: ChainWeights, batch: int, chunk: int, *, captured: bool = False) -> None:
         self.batch, self.chunk, self.captured = batch, chunk, captured
-        self.composed = kernels.Composed(weights.each(torch.empty_like))
+        self.composed = blade_composed.Composed(weights.each(torch.empty_like))
         self.back = backward_kernels.ComposedBackward(self.composed)
         self.kernels = {
             "forward": kernels.Forward(self.composed, batch, chunk, kept=True),

@@ -45,9 +45,9 @@ def exact(weights, x, qkv, s):
 
 
 def fused(module, weights, x, qkv, s):
-    from longctx.ops import blade_table
+    from longctx.ops import blade_composed, blade_table
 
-    composed = module.Composed(weights)
+    composed = blade_composed.Composed(weights)
     composed.compose()
     out, s = x.clone(), s.clone()
     hidden = x.new_full((x.shape[0], x.shape[1] * x.shape[2], weights.up[0].shape[0]), float("nan"))
@@ -69,11 +69,11 @@ def relative(got, want):
 @pytest.mark.parametrize("options", [*CASES, {"d_model": 512, "n_heads": 8, "chunk": 512, "state_dim": 64}], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_the_kernels_agree_with_the_definition(options, dtype, tolerance):
-    from longctx.ops import blade_kernels
+    from longctx.ops import blade_composed, blade_kernels
 
     with torch.inference_mode():
         weights, inputs = case(device="cuda", dtype=dtype, **options)
-        assert blade_kernels.fits(weights)
+        assert blade_composed.fits(weights)
         found, again = (fused(blade_kernels, weights, *inputs) for _ in range(2))
         for got, same, want in zip(found, again, exact(weights, *inputs), strict=True):
             assert relative(got, want) < tolerance

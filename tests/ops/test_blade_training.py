@@ -212,7 +212,7 @@ def test_fused_training_under_the_interpreter(interpreted):
 import torch
 from longctx.ops import blade_backward_kernels, blade_kernels, blade_training_graph, blade_training_layout
 from test_blade_training import FUSED, fused_case, fused_error
-blade_training_graph.fits = lambda weights: True
+blade_training_graph.kernels_fit = lambda weights: True
 for index, options in enumerate(FUSED):
     several = 2 * options.get("chunk_size", 64) * options.get("batch", 1)
     blade_training_layout.CPU_SLAB_TOKENS, most = ((1000, 256), (several, 1))[index % 2]
