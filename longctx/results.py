@@ -311,15 +311,18 @@ class ResultsFile:
 
     def save(self, results: Iterable[BenchmarkResult]) -> None:
         """Replace the file by what it held of others and `results`. Raises ResultsError; the old file then stays."""
-        results = list(results)
-        mine = {(result.key, result.block_name) for result in results}
-        # A stranger's key may be of any type, a list too.
-        records = [
-            record
-            for record in self.kept
-            if not isinstance(record.get("key"), str) or (record["key"], record["block_name"]) not in mine
-        ]
-        records += [jsonable(result.to_json()) for result in results]
+        rows = [jsonable(result.to_json()) for result in results]
+        mine = {(row["key"], row["block_name"]): row for row in rows}
+        records = []
+        for record in self.kept:
+            # A stranger's key may be of any type, a list too.
+            again = mine.get((record["key"], record["block_name"])) if isinstance(record.get("key"), str) else None
+            if again is None:
+                records.append(record)
+            elif again["samples"] == record.get("samples") and again["status"] == record.get("status"):
+                # Taken over, not measured anew: what a newer version has to say of it still holds.
+                again |= {name: value for name, value in record.items() if name not in again}
+        records += rows
         text = json.dumps(records, indent=1, allow_nan=False, default=str)
         try:
             write_atomically(self.path, text + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import dataclasses
 import json
 import os
 import stat
@@ -118,6 +119,17 @@ def test_resume_keeps_what_others_wrote_in_front_and_unchanged(tmp_path):
     records = json.loads(path.read_text())
     assert records[:3] == others
     assert read_results(path)[3:] == [result_of(forward_time_mean=2.0), result_of("New", key="n")]
+
+
+def test_resume_keeps_what_a_newer_version_says_of_a_row_until_it_is_measured_anew(tmp_path):
+    row = result_of(samples=[[1.0, 2.0]])
+    path = write(tmp_path / "run.json", [row.to_json() | {"humidity": 0.4}])
+    file, earlier = ResultsFile.open(path, resume=True, force=False)
+    file.save([dataclasses.replace(*earlier, command="another")])
+    (record,) = read_records(path)
+    assert record["humidity"] == 0.4 and record["command"] == "another"
+    file.save([dataclasses.replace(*earlier, samples=[[1.0, 2.0], [3.0]])])
+    assert "humidity" not in read_records(path)[0]
 
 
 def test_resume_goes_before_force(tmp_path):
