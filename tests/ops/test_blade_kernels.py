@@ -111,3 +111,40 @@ with torch.inference_mode():
 print("ok")
 """
     interpreted(code)
+
+
+def test_a_call_reads_and_writes_rows_where_they_lie_or_through_a_buffer(interpreted):
+    code = """
+import contextlib
+import torch
+from longctx import blocks
+from longctx.blocks.blade import reference
+from longctx.ops import blade_composed
+from longctx.ops.blade_graph import Prepared
+from test_blade_kernels import relative
+torch.cuda.device = lambda device: contextlib.nullcontext()
+shape = {"d_model": 64, "n_heads": 4, "num_kv_heads": 2, "chunk_size": 32, "state_dim": 16}
+block = blocks.build("BLADE", **shape, dtype=torch.float16).eval()
+weights = block._chain_weights()
+with torch.inference_mode():
+    composed = blade_composed.Composed(weights)
+    composed.compose()
+    calls = Prepared(graphs=None, weights=weights, key=(), captured=True, composed=composed)
+    for batch in (1, 3):
+        x = torch.randn(batch, 160, 64, dtype=torch.float16)
+        shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)
+        want, end = reference(block.double(), x.double())
+        block.half()
+        for given in (x.clone(), shifted):
+            y = torch.full_like(x, float("nan"))
+            slabs = [
+                tuple(t[:, span].unflatten(1, (-1, 32)).transpose(0, 1) for t in (given, y))
+                for span in (slice(0, 96), slice(96, 160))
+            ]
+            s = calls.run(slabs, torch.zeros(batch, 16), block._project)
+            assert relative(y, want) < 3e-3, (batch, relative(y, want))
+            assert relative(s, end) < 3e-3
+            assert torch.equal(given, x)
+print("ok")
+"""
+    interpreted(code)
