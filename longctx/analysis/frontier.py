@@ -36,6 +36,8 @@ CARD_GIB = (24, 40, 80, 141)
 
 MEMORY, TIME = "Memory", "Time"
 """The type of error of a length that was not tried because of what shorter ones took."""
+REFUSES = ("failed", "unsupported")
+"""What a length may end in that a block does not take, rather than one that is too long."""
 _LIMITS = {"oom": "memory", "timeout": "time", MEMORY: "memory", TIME: "time"}
 
 
@@ -50,11 +52,14 @@ def next_length(
     resolution: float = RESOLUTION,
     start: int = START_LENGTH,
     guess: float | None = None,
+    refused: Iterable[int] = (),
 ) -> int | None:
     """The length to try next, or None when the search is over.
 
     fits: the longest that fitted, 0 if none did. fails: the shortest beyond it that did not. longest: no longer one is
-    asked for. guess: where the limit should be. The search ends within `resolution` of it.
+    asked for. guess: where the limit should be. refused: lengths between the two that the block does not take, as one
+    does that wants multiples of something; what is tried then is a multiple of more than they are. The search ends
+    within `resolution` of the limit, or where no such length is left.
     """
     if fails is None:
         if fits >= longest:
@@ -65,12 +70,29 @@ def next_length(
     if fails - fits <= max(1, resolution * fits):
         return None
     step = 1 << max(0, math.floor(math.log2(max(1.0, resolution * fits / 4))))
+    coarse = 2 * max((length & -length for length in refused), default=0)
+    step = max(step, coarse)
     aims = [math.sqrt(fits * fails)]
     if guess:
         # A length just below the limit and one just above it end the search, if the guess is good.
         aims = [guess * (1 - resolution / 3), guess * (1 + resolution / 3), *aims]
+    if coarse:
+        aims.append((fits // step + 1) * step)
     found = [round(aim / step) * step for aim in aims]
-    return next((length for length in found if fits < length < fails), (fits + fails) // 2)
+    return next((length for length in found if fits < length < fails), None if coarse else (fits + fails) // 2)
+
+
+def refusals(tried: Mapping[int, str], fits: int) -> tuple[int | None, list[int]]:
+    """The shortest length beyond `fits` that did not fit, and those before it that were refused for another reason.
+
+    tried: length -> status. A block may not take each length: one that it raises an error at ends the search only where
+    nothing else does.
+    """
+    beyond = sorted(length for length, status in tried.items() if length > fits and status != "ok")
+    ended = next((length for length in beyond if tried[length] not in REFUSES), None)
+    if ended is None or not fits:
+        return (beyond[0] if beyond else None), []
+    return ended, [length for length in beyond if length < ended]
 
 
 def extrapolated(points: Mapping[int, float], length: float) -> float | None:
@@ -135,6 +157,10 @@ class Frontier:
     """Whether the gap between the two is as small as was asked for."""
     said: str
     """In words, what became of `fails`."""
+    refused: tuple[int, ...]
+    """Lengths between the two that the block does not take."""
+    refusal: str
+    """In words, why not the first of them."""
     needed_bytes: float | None
     """Everything in memory at `fits`: weights, gradients, input, output, and what the call needs besides."""
     call_s: float | None
@@ -184,18 +210,20 @@ def frontiers(results: Iterable[BenchmarkResult]) -> list[Frontier]:
 def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
     ok = {t: rows[t] for t in sorted(rows) if rows[t].ok}
     fits = max(ok, default=0)
-    fails = min((t for t in rows if t > fits and not rows[t].ok), default=None)
+    fails, refused = refusals({t: row.status for t, row in rows.items()}, fits)
     any_row = next(iter(rows.values()))
     asked: Mapping[str, Any] = any_row.config["limits"]
     resolution, longest = positive(asked.get("resolution")) or RESOLUTION, positive(asked.get("max_length"))
-    error = rows[fails].error if fails and isinstance(rows[fails].error, Mapping) else {}
+    error = _error(rows[fails]) if fails else {}
     kind = str(error.get("type"))
     if fails is None:
         limit = "length" if longest and fits >= longest else "unfinished"
     else:
         status = rows[fails].status
         limit = _LIMITS.get(kind if status == "skipped" else status, status)
-    closed = fails is not None and (fails == 1 or (fits and fails - fits <= max(1, resolution * fits)))
+    closed = fails is not None and (
+        next_length(fits, fails, longest=fails, resolution=resolution, refused=refused) is None
+    )
     # What cannot be run at any length is not looked for at shorter ones.
     closed = closed or (not fits and limit not in ("memory", "time", "unfinished"))
     totals = {t: value * MIB for t, row in ok.items() if (value := positive(row.total_memory_mb))}
@@ -218,6 +246,8 @@ def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
         tried=fails is None or rows[fails].status != "skipped",
         finished=closed or limit == "length",
         said=str(error.get("message") or ""),
+        refused=tuple(refused),
+        refusal=str(_error(rows[refused[0]]).get("message") or "") if refused else "",
         needed_bytes=totals.get(fits),
         call_s=positive(ok[fits].first_call_s) if fits else None,
         peak=fit(_upper({t: value for t, row in ok.items() if (value := METRICS["memory"].value(row))})),
@@ -226,6 +256,10 @@ def _frontier(name: str, rows: Mapping[int, BenchmarkResult]) -> Frontier:
         explained=not leapt,
         share=share,
     )
+
+
+def _error(row: BenchmarkResult) -> Mapping[str, Any]:
+    return row.error if isinstance(row.error, Mapping) else {}
 
 
 def _upper(points: Mapping[int, float]) -> dict[int, float]:

@@ -21,6 +21,7 @@ from longctx.analysis.frontier import (
     extrapolated,
     next_length,
     reached_at,
+    refusals,
 )
 from longctx.config import MAX_LENGTH, BenchmarkConfig, BlockRequest, Cell, check_length
 from longctx.engine.machine import available_memory_bytes, predict_memory_bytes
@@ -169,19 +170,18 @@ class _Search(Sweep):
     def _next_length(self, start: Cell) -> int | None:
         tried = self._tried(start)
         fits = max((cell.length for cell, row in tried.items() if row.ok), default=0)
-        failed = [
-            cell for cell, row in tried.items() if cell.length > fits and not row.ok and not self._worth_again(cell)
-        ]
-        fails = min(failed, key=lambda cell: cell.length, default=None)
-        if fails is not None and not fits and (self.rows[fails].status in HOPELESS or fails.block in self.lost):
+        ended = {cell.length: row.status for cell, row in tried.items() if row.ok or not self._worth_again(cell)}
+        fails, refused = refusals(ended, fits)
+        if fails is not None and not fits and (ended[fails] in HOPELESS or start.block in self.lost):
             return None
         return next_length(
             fits,
-            fails and fails.length,
+            fails,
             longest=self.max_length or MAX_LENGTH,
             resolution=self.resolution,
             start=self.config.sequence_lengths[0],
             guess=self._guess(start),
+            refused=refused,
         )
 
     def _tried(self, start: Cell) -> dict[Cell, BenchmarkResult]:

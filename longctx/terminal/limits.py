@@ -139,7 +139,7 @@ def _part(results: Sequence[BenchmarkResult]) -> Part:
         head=_head(results, axes),
         table=_columns(found, axes),
         cards=_card_columns(found, axes) if held else [],
-        ends=[line for f in found if (line := _end(f, results))],
+        ends=[line for f in found for line in _ends(f, results)],
         sentences=sentences(found),
         rows=results,
     )
@@ -230,18 +230,20 @@ def reason(frontier: Frontier) -> str:
     return words if frontier.finished or frontier.limit == "unfinished" else f"{words}, not finished"
 
 
-def _end(frontier: Frontier, results: Sequence[BenchmarkResult]) -> str:
-    """What became of the first length that was too long; and of time, how far memory would have gone."""
+def _ends(frontier: Frontier, results: Sequence[BenchmarkResult]) -> list[str]:
+    """What became of the first length that was too long, what the block does not take before it, and of time, how far
+    memory would have gone."""
     name = fmt.shorten(fmt.plain(frontier.name), 40)
-    said = f"{name} at {frontier.fails:,}: {fmt.shorten(fmt.plain(frontier.said), 160)}" if frontier.said else ""
-    if frontier.limit not in ("time", "length", "unfinished"):
-        return said
-    device = device_bytes(results)
+    said = [f"{name} at {frontier.fails:,}: {fmt.shorten(fmt.plain(frontier.said), 160)}"] if frontier.said else []
+    device = device_bytes(results) if frontier.limit in ("time", "length", "unfinished") else None
     held = frontier.would_hold(device) if device else None
     if held and held > frontier.fits:
         word = {"time": "time ended it, not memory", "length": "--max-length ended it, not memory"}
         by = f"by its memory law the {fmt.memory(device)} here would hold about {about(held)}"
-        return f"{said or name}: {word.get(frontier.limit, 'not finished')}; {by}"
+        said = [f"{(said or [name])[0]}: {word.get(frontier.limit, 'not finished')}; {by}"]
+    if frontier.refused:
+        lengths = ", ".join(f"{length:,}" for length in frontier.refused)
+        said.append(f"{name} does not take {lengths}: {fmt.shorten(fmt.plain(frontier.refusal), 160)}")
     return said
 
 
@@ -304,6 +306,7 @@ def limits_document(results: Sequence[BenchmarkResult]) -> dict[str, Any]:
                 "too_long_was_tried": f.tried if f.fails else None,
                 "finished": f.finished,
                 "reason": f.said or None,
+                "refused": list(f.refused),
                 "memory_bytes": f.needed_bytes,
                 "first_call_s": f.call_s,
                 "peak_law": law_document(f.peak),

@@ -10,6 +10,7 @@ from longctx.analysis.frontier import (
     is_limits_row,
     next_length,
     reached_at,
+    refusals,
 )
 from longctx.results import MIB, BenchmarkResult
 
@@ -58,6 +59,34 @@ def test_a_wrong_guess_only_costs_tries():
     for guess in (1.0, 4096.0, 5000.0, 8192.0, 1e12):
         length = next_length(fits, fails, longest=1 << 30, guess=guess)
         assert fits < length < fails
+
+
+@pytest.mark.parametrize("taken", [8, 4096, 1 << 14, 3 << 12])
+@pytest.mark.parametrize("foresight", [True, False])
+def test_a_block_that_takes_multiples_of_something_is_followed_as_far_as_it_goes(taken, foresight):
+    limit, tried = 300_000, {}
+    need = lambda t: 4096 * t  # noqa: E731
+    while True:
+        fits = max((t for t, status in tried.items() if status == "ok"), default=0)
+        fails, refused = refusals(tried, fits)
+        points = {t: need(t) for t, status in tried.items() if status == "ok"}
+        guess = reached_at(points, need(limit)) if foresight else None
+        length = next_length(fits, fails, longest=1 << 30, start=3 << 14, guess=guess, refused=refused)
+        if length is None:
+            break
+        assert length not in tried
+        tried[length] = "failed" if length % taken else "ok" if length <= limit else "oom"
+    assert tried[fails] == "oom" and not any(length % taken == 0 for length in refused)
+    # No power of two finds multiples of three times one.
+    step = taken if taken & taken - 1 == 0 else fits
+    assert limit - max(0.05 * limit, step) < fits <= limit
+    assert len(tried) <= 25
+
+
+def test_an_error_is_the_end_where_nothing_else_is():
+    assert refusals({1024: "ok", 2048: "failed"}, 1024) == (2048, [])
+    assert refusals({1024: "failed", 2048: "oom"}, 0) == (1024, [])
+    assert refusals({1024: "ok", 1280: "failed", 1536: "crashed", 2048: "oom"}, 1024) == (1536, [1280])
 
 
 def test_a_limit_below_the_first_length_is_found():
@@ -206,3 +235,16 @@ def test_strange_records_end_nothing():
     ]
     odd[2].error, odd[2].environment = "text", {"gpu": 3, "gpu_memory_total_bytes": "x"}
     assert [one.limit for one in frontiers(odd)] == ["memory", "skipped"]
+
+
+def test_lengths_that_a_block_does_not_take_are_not_what_ends_it():
+    taken = [row("A", n) for n in (1024, 2048, 4096)]
+    refused = [row("A", 5120, "failed"), row("A", 4608, "failed")]
+    (found,) = frontiers([*taken, *refused, row("A", 6144, "oom"), row("A", 8192, "oom")])
+    assert (found.fits, found.fails, found.limit, found.finished) == (4096, 6144, "memory", True)
+    assert found.refused == (4608, 5120) and found.refusal == "failed it was"
+    # Multiples of 2,048 are left to be tried.
+    (found,) = frontiers([*taken, *refused, row("A", 8192, "oom")])
+    assert found.fails == 8192 and not found.finished
+    (found,) = frontiers([*taken, *refused])
+    assert (found.fails, found.limit, found.refused) == (4608, "failed", ())
