@@ -29,7 +29,7 @@ def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[s
 def run_paths(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, Path]:
     """label -> file, of the files that `load_runs` reads. A label is the file's stem, with its folder where two stems
     are alike."""
-    chosen = [Path(path) for path in paths]
+    chosen = [named_file(path, results_dir=results_dir) for path in paths]
     if not chosen:
         newest = last_results_path(results_dir)
         if newest is None:
@@ -40,6 +40,13 @@ def run_paths(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[s
         chosen = [Path(newest)]
     chosen = list(dict.fromkeys(chosen))
     return dict(zip(_labels(chosen), chosen, strict=True))
+
+
+def named_file(name: str | Path, *, results_dir: str | Path) -> Path:
+    """The file that is meant by a name: a bare one that is none here may be where `--output-file` puts it."""
+    path = Path(name)
+    saved = Path(results_dir, path)
+    return saved if path.name == str(path) and not path.exists() and saved.exists() else path
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -25,6 +25,7 @@ def watch_file(
 
     Raises UsageError where there is no terminal to draw on again and again.
     """
+    from longctx.analysis.runs import named_file
     from longctx.engine.locks import holder
     from longctx.results import last_results_path
     from longctx.terminal.console import result_console
@@ -36,7 +37,7 @@ def watch_file(
         raise UsageError("--watch needs a terminal to draw on", "without --watch the picture goes to a pipe or a file")
     if len(runs) > 1:
         raise UsageError("--watch takes one file", "name the one that the sweep is writing")
-    path = Path(runs[0]) if runs else last_results_path(results_dir)
+    path = named_file(runs[0], results_dir=results_dir) if runs else last_results_path(results_dir)
     if path is None:
         raise ResultsError(f"there are no results under {results_dir!r} yet", "name the file that the sweep will write")
     lock = f"file {path.resolve()}"

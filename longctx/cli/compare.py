@@ -112,7 +112,8 @@ def compare(
 
 def side_of(name: str, first: str | None, others: Sequence[str] | None) -> Runs:
     """path -> rows of every file of a side. Raises UsageError if none is named, ResultsError for an unusable one."""
-    from longctx.analysis.runs import load_runs
+    from longctx.analysis.runs import load_runs, named_file
+    from longctx.config import BenchmarkConfig
 
     paths = [path for text in ([first] if first else []) + list(others or ()) for path in _paths(text)]
     if not paths:
@@ -121,7 +122,7 @@ def side_of(name: str, first: str | None, others: Sequence[str] | None) -> Runs:
             "write `longctx compare base.json new.json`, or --base and --new with several files each",
         )
     different: dict[Path, str] = {}
-    for path in paths:
+    for path in (str(named_file(path, results_dir=BenchmarkConfig.results_dir)) for path in paths):
         # A file that is named twice holds its rounds once.
         different.setdefault(Path(path).resolve(), path)
     return {path: next(iter(load_runs([path], results_dir=".").values())) for path in different.values()}
