@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.ops.blade_composed import Composed, padded_states
-from longctx.ops.blade_kernels import MOST_PARTS, fetch_rows, large_tiles_fit
+from longctx.ops.blade_kernels import MOST_PARTS, fetch_rows, large_tiles_fit, share_of, summed
 from longctx.ops.blade_table import at, rows_at
 from longctx.ops.launch import launch, launches_early
 
@@ -186,12 +186,7 @@ def _widen(
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    block = tl.zeros((64, PAD), tl.float32)
-    for part in tl.static_range(0, PARTS, 64):
-        parts = part + tl.arange(0, 64)
-        places = (item * PARTS + parts[:, None]) * PAD + channels[None, :]
-        block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
-    ds = tl.sum(block, 0)
+    ds = summed(partials, item, PARTS, PAD)
     if (tile_m == 0) & (tile_n == 0):
         tl.store(handed_on + channels, ds, mask=known)
     added = tl.sum(w * ds[:, None], 0) * inverse
@@ -305,10 +300,7 @@ def _attend_backward(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     own = tile * tl.num_programs(1) + head
-    part = tl.zeros((PAD,), tl.float32)
-    for share in tl.static_range(SHARES):
-        other = own + share * parts
-        part += tl.load(halfway + (item * first + other) * PAD + channels, mask=other < first, other=0.0)
+    part = share_of(halfway, item, own, first, parts, SHARES, PAD)
     da = tl.load(grad + rows[:, None] * width + lanes[None, :], mask=rows[:, None] < chunk, other=0.0)
     delta = tl.load(deltas + rows * tl.num_programs(1), mask=rows < chunk, other=0.0)
     acc = tl.dot(p, da)

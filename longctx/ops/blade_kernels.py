@@ -168,6 +168,28 @@ def large_tiles_fit(device: torch.device, head: int) -> bool:
 
 
 @triton.jit
+def summed(partials, item, PARTS: tl.constexpr, PAD: tl.constexpr):
+    """The sum `(PAD,)` of all partials of an item of the batch, `[B, PARTS, PAD]`."""
+    channels = tl.arange(0, PAD)
+    block = tl.zeros((64, PAD), tl.float32)
+    for part in tl.static_range(0, PARTS, 64):
+        parts = part + tl.arange(0, 64)
+        places = (item * PARTS + parts[:, None]) * PAD + channels[None, :]
+        block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
+    return tl.sum(block, 0)
+
+
+@triton.jit
+def share_of(partials, item, tile, count, tiles, SHARES: tl.constexpr, PAD: tl.constexpr):
+    """The sum `(PAD,)` of each `tiles`-th of an item's partials `[B, count, PAD]`, from `tile` on: SHARES at most."""
+    part = tl.zeros((PAD,), tl.float32)
+    for share in tl.static_range(SHARES):
+        other = tile + share * tiles
+        part += tl.load(partials + (item * count + other) * PAD + tl.arange(0, PAD), mask=other < count, other=0.0)
+    return part
+
+
+@triton.jit
 def fetch_rows(start, rows, width, turn, turns):
     """Let rows of `width` two-byte numbers behind `start` come to the L2 cache, and wait for none of them.
 
@@ -219,12 +241,7 @@ def _attend(
 
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    block = tl.zeros((64, PAD), tl.float32)
-    for part in tl.static_range(0, PARTS, 64):
-        parts = part + tl.arange(0, 64)
-        places = (item * PARTS + parts[:, None]) * PAD + channels[None, :]
-        block += tl.load(partials + places, mask=(parts < PARTS)[:, None], other=0.0)
-    s = tl.sum(block, 0) + fixed
+    s = summed(partials, item, PARTS, PAD) + fixed
     if (tile == 0) & (head == 0):
         tl.store(handed_on + channels, s, mask=known)
     shift = tl.sum(injected.to(tl.float32) * s[None, :], 1) + bias
@@ -349,10 +366,7 @@ def _expand(
     squares = tl.load(spot + 1, mask=counted, other=0.0)
     # Of the partials of the kernel before, each program passes on its share.
     tile = tile_m * (WIDE // N) + tile_n
-    part = tl.zeros((PAD,), tl.float32)
-    for share in tl.static_range(SHARES):
-        other = tile + share * parts
-        part += tl.load(halfway + (item * first + other) * PAD + channels, mask=other < first, other=0.0)
+    part = share_of(halfway, item, tile, first, parts, SHARES, PAD)
 
     acc = tl.zeros((M, N), tl.float32)
     for start in range(0, D, K):
