@@ -68,7 +68,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The backward of an autograd.Function whose gradients have none: RuntimeError when those are asked for.
 
     torch's `once_differentiable` does so only where the incoming gradient needs one. That of a sum does not, and
-    gradients of second order would be wrong without a word.
+    gradients of second order would be wrong without a word. They would be too where they are asked for by tensor
+    (`torch.autograd.grad`): autograd then goes only where one of these is behind, so the error stands before all that
+    was saved.
     """
 
     @functools.wraps(backward)
@@ -77,8 +79,10 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        error = torch._C._functions.DelayedError(b"blocks of longctx have gradients of first order only", len(found))
-        return error(*(t if t is None else t.detach().requires_grad_() for t in found))
+        own = [t if t is None else t.detach().requires_grad_() for t in found]
+        behind = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, torch.Tensor) and t.requires_grad]
+        message = b"blocks of longctx have gradients of first order only"
+        return torch._C._functions.DelayedError(message, len(own) + len(behind))(*own, *behind)[: len(own)]
 
     return checked
 

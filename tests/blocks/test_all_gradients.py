@@ -51,6 +51,17 @@ def test_gradients_flow_through_a_state_until_it_is_detached(name):
 
 
 @every_block
+@pytest.mark.parametrize("recompute", ["norms", "block"])
+def test_gradients_of_gradients_are_refused_whatever_they_are_asked_for(name, recompute):
+    block, x = make(name, recompute=recompute), tokens(20).requires_grad_()
+    for wanted in (x, block.attn_norm.weight, block.qkv_proj.weight, block.ffn_up.weight):
+        (grad,) = torch.autograd.grad(block(x)[0].square().sum(), x, create_graph=True)
+        # Autograd goes only where what is asked for lies behind, which no way around the refusal may lead to.
+        with pytest.raises(RuntimeError, match=r"first order|not implemented"):
+            torch.autograd.grad(grad.square().sum(), wanted, allow_unused=True)
+
+
+@every_block
 def test_forward_and_backward_are_the_same_twice(name):
     block, x = make(name, dtype=torch.float32), tokens(130, dtype=torch.float32).requires_grad_()
     weights = torch.randn_like(x)
