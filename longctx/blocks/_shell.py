@@ -243,6 +243,12 @@ class PreNormBlock(nn.Module):
             raise UsageError(f"{type(self).__name__} with causal=False has no {what}: later tokens change earlier ones")
 
 
+def check_batch(of_state: int, of_input: int) -> None:
+    """Raises UsageError unless both are the same: torch would take one row of a state for every row of a batch."""
+    if of_state != of_input:
+        raise UsageError(f"the state is of a batch of {of_state}, the input of {of_input}")
+
+
 def check_counts(*, least: int = 1, **counts: int) -> None:
     """Raises UsageError unless every count is a whole number of at least `least`."""
     for name, value in counts.items():

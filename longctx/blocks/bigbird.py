@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._shell import PreNormBlock, check_batch, check_counts
 from longctx.blocks._spec import BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
@@ -169,8 +169,8 @@ class BigBirdBlock(PreNormBlock):
     # -- the mixer ------------------------------------------------------------------------------------------
 
     def mix(self, u: Tensor, state: BigBirdState | None, keep_state: bool) -> tuple[Tensor, BigBirdState | None]:
-        if state is not None and state.keys.shape[0] != u.shape[0]:
-            raise UsageError(f"the state is of a batch of {state.keys.shape[0]}, the input of {u.shape[0]}")
+        if state is not None:
+            check_batch(state.keys.shape[0], u.shape[0])
         start = 0 if state is None else state.position
         length = start + u.shape[1]
         sparse = BlockSparse(

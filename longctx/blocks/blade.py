@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from longctx.blocks import _shell
 from longctx.blocks._blade_reference import cost, reference
 from longctx.blocks._blade_state import BLADEState, BLADEStream
-from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._shell import PreNormBlock, check_batch, check_counts
 from longctx.blocks._spec import BlockSpec
 from longctx.blocks._states import Tape, append, usable
 from longctx.errors import UsageError
@@ -115,8 +115,7 @@ class BLADEBlock(PreNormBlock):
             state = state.detach()
         if state is None:
             state = self.init_state(x.shape[0])
-        elif state.s.shape[0] != x.shape[0]:
-            raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {x.shape[0]}")
+        check_batch(state.s.shape[0], x.shape[0])
         state = usable(state)
         drops = self.training and self.dropout > 0.0
         if drops or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):

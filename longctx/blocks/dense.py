@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._shell import PreNormBlock, check_batch, check_counts
 from longctx.blocks._spec import BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.ops.dense_attention import dense_attention, dense_attention_path
@@ -91,6 +91,7 @@ class DenseBlock(PreNormBlock):
         if state is None and keep_state:
             state = self.init_state(u.shape[0])
         if state is not None:
+            check_batch(state.cache.buffer.shape[0], u.shape[0])
             kv = state.cache.append(kv)
         dropout = self.dropout if self.training else 0.0
         mixed = dense_attention(q, *kv.unbind(2), causal=self.causal, dropout_p=dropout)

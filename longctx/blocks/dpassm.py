@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._shell import PreNormBlock, check_batch, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.blocks._states import Tape, append
 from longctx.config import Cell
@@ -169,8 +169,8 @@ class DPASSMBlock(PreNormBlock):
         batch = u.shape[0]
         if isinstance(state, DPASSMStream):
             state = state.detach()
-        if state is not None and state.s.shape[0] != batch:
-            raise UsageError(f"the state is of a batch of {state.s.shape[0]}, the input of {batch}")
+        if state is not None:
+            check_batch(state.s.shape[0], batch)
         grads = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
         if not grads and self._fuses(u, state):
             return self._mix_fused(u, state, keep_state)

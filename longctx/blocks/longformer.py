@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.blocks._shell import PreNormBlock, check_counts
+from longctx.blocks._shell import PreNormBlock, check_batch, check_counts
 from longctx.blocks._spec import ELEMENT_BYTES, BlockSpec, Cost, shell_cost
 from longctx.config import Cell
 from longctx.errors import UsageError
@@ -176,6 +176,7 @@ class LongformerBlock(PreNormBlock):
         self, u: Tensor, state: LongformerState | None, keep_state: bool
     ) -> tuple[Tensor, LongformerState | None]:
         state = self.init_state(u.shape[0]) if state is None else state
+        check_batch(state.first.shape[0], u.shape[0])
         if self._goes_in_place(u, state):
             return self._mix_slab(u, state, keep_state)
         seen, first = state.seen, state.first

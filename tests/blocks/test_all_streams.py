@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_block import OTHER, SMALL, every_block, make, reference, relative, tokens
+from every_block import NAMES, OTHER, SMALL, every_block, make, reference, relative, tokens
+
+from longctx.errors import UsageError
 
 
 @every_block
@@ -36,6 +38,21 @@ def test_step_is_forward_of_one_token(name, num_kv_heads, grad):
             assert y.shape == (2, 1, 32)
             pieces.append(y)
     assert relative(torch.cat(pieces, 1), want) < 1e-9
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "Identity"])  # whose state is empty
+@pytest.mark.parametrize("of_state, of_input", [(2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_a_state_of_another_batch_is_refused(name, of_state, of_input, grad):
+    block = make(name, OTHER)
+    for before in (0, 3, 40):
+        for length in (1, 5, 40):
+            with torch.set_grad_enabled(grad):
+                state = block.init_state(of_state)
+                if before:
+                    _, state = block(tokens(before, batch=of_state), state)
+                with pytest.raises(UsageError, match=f"batch of {of_state}, the input of {of_input}"):
+                    (block.step if length == 1 else block)(tokens(length, batch=of_input), state)
 
 
 @every_block
