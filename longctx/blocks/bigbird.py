@@ -219,7 +219,7 @@ class BigBirdBlock(PreNormBlock):
         rows = _rows(state)
         capacity = self.pattern.count(length) * self.pattern.block_size
         room = state.keys.shape[2]
-        if rows is None or room < capacity or not state.may_grow:
+        if rows is None or room < capacity or not state.may_grow or rows.dtype != u.dtype:
             grown = self._state(u.shape[0], u, max(capacity, 2 * room) if room < capacity else room)
             for old, new in ((state.keys, grown.keys), (state.values, grown.values)):
                 new[:, :, :start] = old[:, :, :start]
@@ -243,11 +243,13 @@ class BigBirdBlock(PreNormBlock):
         end = position + new.shape[2]
         blocks_end = -(-end // size) * size
         if torch.is_grad_enabled():
-            return F.pad(torch.cat([kept[:, :, :position], new], dim=2), (0, 0, 0, blocks_end - end))
+            earlier = kept[:, :, :position].to(new.dtype)
+            return F.pad(torch.cat([earlier, new], dim=2), (0, 0, 0, blocks_end - end))
         short = kept.shape[2] < blocks_end
-        if short or not state.may_grow or not kept.is_contiguous():
+        # Autocast may have begun or ended since: queries must find keys of their own format.
+        if short or not state.may_grow or not kept.is_contiguous() or kept.dtype != new.dtype:
             capacity = max(blocks_end, 2 * kept.shape[2]) if short else kept.shape[2]
-            grown = kept.new_empty(*kept.shape[:2], capacity, kept.shape[3])
+            grown = new.new_empty(*kept.shape[:2], capacity, kept.shape[3])
             grown[:, :, :position] = kept[:, :, :position]
             kept = grown
         # Where no query of before looks: a graph that still needs the keys it has seen need not hear of the change.

@@ -47,11 +47,13 @@ class KeyValues:
     def _make_room(self, old: Tensor, new: Tensor) -> None:
         """Room for `new` behind `old`. Twice what is needed, so that single tokens seldom move the rest."""
         kept, count = old.shape[1], new.shape[1]
-        if not self.shared and self.end + count <= self.buffer.shape[1]:
+        # Autocast may have begun or ended since: a buffer has one format, and queries must find it to be theirs.
+        fixed = self.shared or self.buffer.dtype != new.dtype
+        if not fixed and self.end + count <= self.buffer.shape[1]:
             return
         needed = self.lead + kept + count
         apart = self.end - kept >= self.lead + kept
-        if self.shared or not apart or needed > self.buffer.shape[1]:
+        if fixed or not apart or needed > self.buffer.shape[1]:
             rows = max(needed, min(2 * needed, self.lead + self.reach + max(count, self.reach)))
             self.buffer = new.new_empty(new.shape[0], rows, *new.shape[2:])
         self.buffer[:, self.lead : self.lead + kept] = old

@@ -119,6 +119,23 @@ def test_a_state_goes_from_one_mode_to_another(name):
 
 
 @every_block
+@pytest.mark.parametrize("options", [SMALL, OTHER], ids=["small", "other"])
+@pytest.mark.parametrize("autocast_first", [True, False])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_a_state_goes_into_autocast_and_out_of_it(name, options, autocast_first, grad):
+    block, x = make(name, options, dtype=torch.float32), tokens(60, dtype=torch.float32)
+    want, pieces, state = reference(block, x), [], None
+    for index, piece in enumerate(x.split([20, 1, 1, 1, 20, 1, 16], dim=1)):
+        step = piece.shape[1] == 1
+        # Two steps behind each other in either format.
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=autocast_first == (index in (0, 3, 4)))
+        with torch.set_grad_enabled(grad), autocast:
+            y, state = (block.step if step else block)(piece, state)
+        pieces.append(y.float())
+    assert relative(torch.cat(pieces, 1), want) < 2e-2
+
+
+@every_block
 def test_no_state_is_kept_when_none_is_asked_for(name):
     block, x = make(name), tokens(63)
     assert block(x)[1] is not None
