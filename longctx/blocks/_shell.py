@@ -122,6 +122,8 @@ class PreNormBlock(nn.Module):
         """
         self.check_input(x, state)
         state, keep_state = usable(state), keep_state and self.causal
+        if torch.compiler.is_exporting():
+            return self._exported(x, state, keep_state)
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
@@ -142,6 +144,11 @@ class PreNormBlock(nn.Module):
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self, x, state, keep_state)
         return self._differentiable(x, state, keep_state)
+
+    def _exported(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
+        """`_differentiable`: an exported program does not know in which mode it was made, and must run in both."""
+        with torch.enable_grad():
+            return self._differentiable(x, state, keep_state)
 
     def _differentiable(self, x: Tensor, state: Any, keep_state: bool) -> tuple[Tensor, Any]:
         """Forward as autograd and autocast can follow it."""
@@ -207,6 +214,10 @@ class PreNormBlock(nn.Module):
         batch, length = x.shape[0], x.shape[1]
         tokens = CPU_SLAB_TOKENS if x.device.type == "cpu" else GPU_SLAB_TOKENS
         step = max(1, tokens // batch)
+        if length <= step:
+            # Apart from the loop, of which a compiler would make the steps of this one length.
+            yield slice(0, length)
+            return
         for start in range(0, length, step):
             yield slice(start, min(start + step, length))
 

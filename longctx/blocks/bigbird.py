@@ -115,6 +115,8 @@ class BigBirdBlock(PreNormBlock):
 
         Causal, it is a prefix of the plan for any longer T. Raises UsageError where a plan was set for another T.
         """
+        # The lists are drawn here and now: a length that a compiler would leave open is that of its example.
+        length = int(length) if isinstance(length, torch.SymInt) else length
         check_counts(length=length)
         n_blocks = self.pattern.count(length)
         device = self.qkv_proj.weight.device

@@ -118,7 +118,11 @@ class BLADEBlock(PreNormBlock):
         check_batch(state.s.shape[0], x.shape[0])
         state = usable(state)
         drops = self.training and self.dropout > 0.0
-        if drops or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if torch.compiler.is_exporting():
+            return self._exported(x, state, keep_state)
+        followed = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        # A compiler follows no products into buffers, and takes the operator of training as one step.
+        if drops or followed or torch.compiler.is_compiling():
             return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
 
@@ -252,7 +256,7 @@ class BLADEBlock(PreNormBlock):
         weights = self._chain_weights()
         slabs = list(self._slabs(x, state.kv.shape[1]))
         graphs = None
-        if x.is_cuda and not torch.compiler.is_compiling() and any(whole for *_, whole in slabs):
+        if x.is_cuda and any(whole for *_, whole in slabs):
             graphs = self._graphs.prepare(weights)
         in_buffers = [count * size for _, count, size, whole in slabs if graphs is None or not whole]
         rows, width = max(in_buffers, default=0) * x.shape[0], self.d_model
@@ -358,7 +362,7 @@ class BLADEBlock(PreNormBlock):
     def _sizes(self, length: int, filled: int) -> list[int]:
         """Tokens of each chunk, or part of one, in a call of `length` tokens after `filled` ones of a chunk."""
         head = min(self.chunk_size - filled, length) if filled else 0
-        whole, tail = divmod(length - head, self.chunk_size)
+        whole, tail = (length - head) // self.chunk_size, (length - head) % self.chunk_size
         return [size for size in (head, *[self.chunk_size] * whole, tail) if size]
 
     def _slabs(self, x: Tensor, filled: int) -> Iterator[tuple[int, int, int, bool]]:
