@@ -254,7 +254,9 @@ class DPASSMBlock(PreNormBlock):
         tokens, halo = u.shape[1], state.kv.shape[1]
         if tokens < self.window_size:
             q, new = self.qkv_proj(u).split([self.d_model, self._kv_width], dim=-1)
-            kv, tape = append(state.tape, state.end, state.kv, new, halo + 2 * self.window_size + tokens)
+            # Twice what there is, as the window may be longer than the stream will ever be.
+            room = min(2 * self.window_size, max(2 * (halo + tokens), 64))
+            kv, tape = append(state.tape, state.end, state.kv, new, halo + tokens + room)
             kept = DPASSMState(s=s_end, kv=self._last(kv), tape=tape, end=tape.used) if keep_state else None
             return self._window(q, kv), kept
         weight = self.qkv_proj.weight

@@ -169,6 +169,18 @@ def test_a_step_moves_no_old_keys_while_there_is_room():
     assert len(set(storages)) <= 4
 
 
+def test_a_stream_holds_what_it_has_seen_and_not_what_its_window_could():
+    block, x = small(window_size=1 << 40), torch.randn(2, 100, 24, dtype=torch.float64)
+    with torch.no_grad():
+        y, state = block(x[:, :60])
+        pieces = [y]
+        for t in range(60, 100):
+            y, state = block.step(x[:, t : t + 1], state)
+            pieces.append(y)
+    assert largest_error(torch.cat(pieces, 1), reference(block, x)[0]) < 1e-9
+    assert state.kv.untyped_storage().nbytes() <= 4 * state.kv.nbytes
+
+
 def test_a_kept_state_is_as_small_as_its_cost_says():
     block = small(dtype=torch.float32)
     with torch.no_grad():
