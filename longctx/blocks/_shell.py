@@ -236,6 +236,9 @@ class PreNormBlock(nn.Module):
             if name != "parametrizations" and forward is not nn.Linear.forward and forward is not nn.LayerNorm.forward:
                 reason = f"is a {type(layer).__name__}, with a forward of its own"
                 hint = "merge what it does into the weight of a torch.nn.Linear"
+            elif "forward" in layer.__dict__:
+                reason = "has a forward that was put in place of its own"
+                hint = "merge what it does into the layer's weight"
             elif layer._forward_pre_hooks and "weight" not in own and "parametrizations" not in layer._modules:
                 reason = "has a hook that makes its weight"
                 hint = "use torch.nn.utils.parametrizations, or torch.nn.utils.prune.remove"

@@ -174,6 +174,10 @@ def test_layers_that_do_more_than_their_weights_say_are_refused(name):
     with pytest.raises(LongctxError, match=r"ffn_up is a Loud, with a forward of its own"):
         block(x)
     block = make(name)
+    block.ffn_up.forward = lambda rows: 2 * torch.nn.functional.linear(rows, block.ffn_up.weight)
+    with pytest.raises(LongctxError, match=r"ffn_up has a forward that was put in place of its own"):
+        block(x)
+    block = make(name)
     torch.nn.utils.prune.random_unstructured(block.ffn_up, "weight", 0.5)
     with torch.no_grad(), pytest.raises(LongctxError, match=r"ffn_up has a hook that makes its weight"):
         block(x)
