@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from longctx.blocks._states import tensors_of, with_tensors
 from longctx.ops.operators import first_order
-from longctx.ops.precision import wide_dtype
+from longctx.ops.precision import autocasts, wide_dtype
 
 if TYPE_CHECKING:
     from longctx.blocks._shell import PreNormBlock
@@ -50,8 +50,8 @@ class _Call:
         self.last: Any = None
         self.random: list[tuple[Tensor, Tensor | None]] = []
         self.draws = self.training and block.dropout > 0.0
-        kind = x.device.type
-        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        kind = "cpu" if x.is_meta else x.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), autocasts(kind))
 
     def run(self, index: int, x: Tensor, tensors: list[Tensor]) -> tuple[Tensor, Any]:
         """Slab number `index`, x `[B, t, D]`, with the graph of it, from its starting state with these tensors."""

@@ -20,6 +20,7 @@ from longctx.blocks._states import usable
 from longctx.errors import UsageError
 from longctx.ops.feed_forward import infer, residual_feed_forward
 from longctx.ops.layer_norm import hooks_are_set, kept_as_input, kernels_fit, layer_norm
+from longctx.ops.precision import autocasts
 
 # Tokens that inference takes through the block at a time. On a CPU the hidden tensor of a slab then stays in the
 # cache and its pages are not faulted in again at every call; on a GPU slabs only bound the memory of long sequences.
@@ -124,7 +125,7 @@ class PreNormBlock(nn.Module):
         state, keep_state = usable(state), keep_state and self.causal
         if torch.compiler.is_exporting():
             return self._exported(x, state, keep_state)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or autocasts(x.device.type):
             return self._with_gradients(x, state, keep_state)
         return self._infer(x, state, keep_state)
 

@@ -33,6 +33,7 @@ from longctx.ops.block_sparse_attention import (
     kernel_fits,
     packed_block_sparse_attention,
 )
+from longctx.ops.precision import autocasts
 from longctx.ops.projections import project_into
 
 FEW_TOKENS = 256
@@ -212,7 +213,7 @@ class BigBirdBlock(PreNormBlock):
 
     def _streams_in_rows(self, u: Tensor) -> bool:
         """Whether projections are written where the kernels read keys and values, rather than copied there."""
-        followed = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
+        followed = torch.is_grad_enabled() or autocasts(u.device.type)
         return not followed and not torch.compiler.is_compiling() and kernel_fits(self.pattern, u, self.head_dim)
 
     def _project_rows(self, u: Tensor, state: BigBirdState) -> tuple[Tensor, BigBirdState]:

@@ -43,7 +43,7 @@ from longctx.ops.blade_training import whole_chunks
 from longctx.ops.blade_training_graph import MOST_CHUNK_TOKENS, TrainingGraphs
 from longctx.ops.decode import Decoder, decode_path, step_key, step_weights
 from longctx.ops.layer_norm import normalize
-from longctx.ops.precision import wide_dtype
+from longctx.ops.precision import autocasts, wide_dtype
 
 # Tokens of whole chunks that a GPU takes between two products off the chain: the products are then at full speed, and
 # the hidden rows kept for the second of them stay small.
@@ -120,7 +120,7 @@ class BLADEBlock(PreNormBlock):
         drops = self.training and self.dropout > 0.0
         if torch.compiler.is_exporting():
             return self._exported(x, state, keep_state)
-        followed = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        followed = torch.is_grad_enabled() or autocasts(x.device.type)
         # A compiler follows no products into buffers, and takes the operator of training as one step.
         if drops or followed or torch.compiler.is_compiling():
             return self._with_gradients(x, state, keep_state)
@@ -185,7 +185,7 @@ class BLADEBlock(PreNormBlock):
         filled = state.kv.shape[1]
         head = min(self.chunk_size - filled, x.shape[1]) if filled else 0
         whole = (x.shape[1] - head) // self.chunk_size * self.chunk_size
-        plain = not (self.training and self.dropout > 0.0) and not torch.is_autocast_enabled(x.device.type)
+        plain = not (self.training and self.dropout > 0.0) and not autocasts(x.device.type)
         if not whole or not plain or any(parameter.dtype != x.dtype for parameter in self.parameters()):
             return self._by_parts(x, state, keep_state)
         attn_norm = (self.attn_norm.weight, self.attn_norm.bias, self.attn_norm.eps)

@@ -28,7 +28,7 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights
 from longctx.ops.diagonal_scan import diagonal_scan, diagonal_scan_path
 from longctx.ops.gated_mix import gated_mix
-from longctx.ops.precision import wide_dtype
+from longctx.ops.precision import autocasts, wide_dtype
 from longctx.ops.projections import joined, lay_together, project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
@@ -171,10 +171,10 @@ class DPASSMBlock(PreNormBlock):
             state = state.detach()
         if state is not None:
             check_batch(state.s.shape[0], batch)
-        grads = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
+        grads = torch.is_grad_enabled() or autocasts(u.device.type)
         if not grads and self._fuses(u, state):
             return self._mix_fused(u, state, keep_state)
-        if grads and dual is not None and not torch.is_autocast_enabled(u.device.type):
+        if grads and dual is not None and not autocasts(u.device.type):
             kv, s = (None, None) if state is None else (state.kv if state.kv.shape[1] else None, state.s)
             weights = self._mixer_weights
             if dual.fits(u, weights, self.n_heads, kv):

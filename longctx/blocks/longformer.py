@@ -24,6 +24,7 @@ from longctx.errors import UsageError
 from longctx.ops.decode import Decoder, Live, Stream, decode_path, step_key, step_weights
 from longctx.ops.dense_attention import dense_attention
 from longctx.ops.key_values import KeyValues
+from longctx.ops.precision import autocasts
 from longctx.ops.projections import project_beside, project_into
 from longctx.ops.window_attention import packed_window_attention, window_attention, window_attention_path
 
@@ -199,7 +200,7 @@ class LongformerBlock(PreNormBlock):
     def _goes_in_place(self, u: Tensor, state: LongformerState) -> bool:
         """Whether to write a projection behind the keys carried on: not for a few tokens, which would move more than
         they are, nor where the globals come in pieces."""
-        followed = torch.is_grad_enabled() or torch.is_autocast_enabled(u.device.type)
+        followed = torch.is_grad_enabled() or autocasts(u.device.type)
         apart = state.seen == 0 or state.seen >= self.num_global_tokens
         return not followed and not torch.compiler.is_compiling() and apart and u.shape[1] >= state.recent.reach
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longctx.errors import UsageError
 from longctx.ops.operators import differentiable
-from longctx.ops.precision import wide_dtype
+from longctx.ops.precision import autocasts, wide_dtype
 
 try:
     from longctx.ops import diagonal_scan_kernel as kernel
@@ -190,7 +190,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     only where they have to be, and put back as they were.
     """
     with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
+        if autocasts(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(_exact_flags(device_type))
         yield

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longctx.ops.layer_norm import NormGradients, add_normalize, kernels, kernels_fit, normalize
 from longctx.ops.operators import differentiable
-from longctx.ops.precision import wide_dtype
+from longctx.ops.precision import autocasts, wide_dtype
 from longctx.ops.weight_gradient import WeightGradient, in_formats_of
 
 # Tokens that go through the hidden layer at a time in training: on a CPU what the cache holds, on a GPU a part of the
@@ -49,7 +49,7 @@ def residual_feed_forward(
     whether the rows before GELU wait for backward, or are one more thing that it computes again. slabs: parts in which
     a GPU takes the call. whole: all at once, for a caller that takes the sequence in slabs itself.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         # Autocast chooses the format of each operation, and so must see them one by one.
         r = x + mixed
         hidden = F.gelu(F.linear(F.layer_norm(r, (r.shape[-1],), *norm), *up))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from longctx.ops.precision import autocasts
+
 
 def differentiable(
     name: str,
@@ -90,7 +92,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _as_given(values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
     """Context in which autocast leaves the formats of an operation's own steps as they are."""
     kind = next((value.device.type for value in values if isinstance(value, torch.Tensor)), None)
-    if kind is not None and torch.is_autocast_enabled(kind):
+    if kind is not None and autocasts(kind):
         return torch.autocast(kind, enabled=False)
     return _NOTHING
 

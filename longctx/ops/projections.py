@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.ops.operators import first_order
+from longctx.ops.precision import autocasts
 
 
 def project_into(u: Tensor, weight: Tensor, *, out: Tensor) -> None:
@@ -68,7 +69,7 @@ def project_beside(u: Tensor, weight: Tensor, of_first: Tensor, count: int) -> t
     The gradient of the first tokens is added to that of u where it lies: autograd would fill a tensor of its size with
     zeros around it. Gradients of first order.
     """
-    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(u.device.type)
+    plain = torch.compiler.is_compiling() or autocasts(u.device.type)
     if plain or not torch.is_grad_enabled():
         return F.linear(u, weight), F.linear(u[:, :count], of_first)
     return _Beside.apply(u, weight, of_first, count)

@@ -1,4 +1,4 @@
-"""What every block promises under torch.compile and torch.export: one graph, which serves more than one length."""
+"""What every block promises where nothing runs yet: compiled or exported in one graph, or on the meta device."""
 
 from __future__ import annotations
 
@@ -34,6 +34,26 @@ def test_an_exported_block_runs_with_and_without_gradients(name, grad):
     assert relative(exported(x), want) < 1e-9
     with torch.no_grad():
         assert relative(exported(x), want) < 1e-9
+
+
+@every_block
+@pytest.mark.parametrize("recompute", ["norms", "block"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_shapes_without_memory(name, recompute, grad):
+    with torch.device("meta"):
+        block, x = make(name, recompute=recompute), tokens(50)
+    with torch.set_grad_enabled(grad):
+        y, state = block(x)
+        assert y.is_meta and y.shape == x.shape
+        y_t, _ = block.step(x[:, :1], state)
+        assert y_t.is_meta and y_t.shape == (2, 1, 32)
+        if grad:
+            y.sum().backward()
+            assert block.ffn_up.weight.grad.is_meta
+    values = make(name)
+    block.to_empty(device="cpu").load_state_dict(values.state_dict())
+    x = tokens(50)
+    assert relative(block(x)[0], reference(values, x)) < 1e-9
 
 
 class _OutputAlone(nn.Module):
