@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +113,7 @@ def measure_cell(
     with global_state():
         try:
             pinned_flags(config)
+            _compiled_anew()
             _measure(cell, plan, device, config, gate_cache, emit, found)
         except KeyboardInterrupt:
             raise
@@ -158,7 +160,7 @@ def _measure(
             return
     run = Run(cell, loaded, x)
     del x
-    if cell.mode != "forward":
+    if _compiled_anew() or cell.mode != "forward":
         warmed, call_s = 0, None
     if plan.timing:
         timing = _time(cell, plan, device, run, emit, warmed=warmed, call_s=call_s, first_call=warmed == 0)
@@ -214,6 +216,18 @@ def _measure(
         if not (plan.timing or plan.gate):
             found["first_call_s"] = reading.first_call_s
     found["path"] = loaded.path
+
+
+def _compiled_anew() -> bool:
+    """Have torch.compile forget what it made in this process. Returns whether there may have been something.
+
+    It keeps graphs by code, not by module: those of other cells and of the gate's lengths would have it compile for any
+    length, and after a few of them run the block uncompiled, without a word.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+    return dynamo is not None
 
 
 def _gate(

@@ -152,6 +152,37 @@ class Immovable(Good):
         raise ValueError("this one stays here")
 '''
 
+COMPILED = """
+from pathlib import Path
+import torch
+from torch import nn
+from longctx.engine import timing
+
+timing.MIN_WARM_S, timing.MAX_WARM_S = {"cpu": 0.0, "cuda": 0.0}, {"cpu": 0.05, "cuda": 0.05}
+torch._dynamo.config.recompile_limit = 3
+
+def note(line):
+    with open(Path(__file__).with_name("graphs"), "a") as file:
+        file.write(f"{line}\\n")
+
+def backend(graph, inputs):
+    shape = list(inputs[-1].shape)
+    def run(*tensors):
+        note(shape)
+        return graph(*tensors)
+    return run
+
+class Compiled(nn.Module):
+    def __init__(self, d_model):
+        super().__init__()
+        self.l = nn.Linear(d_model, d_model)
+    @torch.compile(backend=backend)
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            note("none")
+        return self.l(x).relu()
+"""
+
 
 @pytest.fixture
 def users(tmp_path):
@@ -231,6 +262,21 @@ def test_what_a_block_puts_in_the_place_of_torch_is_in_no_other_row(users, tmp_p
     rows, _ = sweep(blocks, tmp_path, sequence_lengths=[16, 24], isolation="worker", on_event=look)
     assert {row.status for row in rows} == {"ok"}
     assert set(seen) == {("Patches", True), ("Good", False)}
+
+
+def test_a_compiled_block_is_measured_as_compiled_for_its_own_shape(tmp_path):
+    path, ran = tmp_path / "compiled.py", []
+    path.write_text(COMPILED)
+
+    def look(event):
+        if type(event).__name__ == "CellFinished":
+            d_model = event.result.config["d_model"]
+            ran.append((f"[1, {event.cell.length}, {d_model}]", (tmp_path / "graphs").read_text().split("\n")[-2]))
+
+    config = {"sequence_lengths": [16, 24, 40, 56], "profile_memory": False, "isolation": "worker"}
+    rows, _ = sweep([f"{path}:Compiled"], tmp_path, on_event=look, **config)
+    assert [row.status for row in rows] == ["ok"] * 4
+    assert [wanted for wanted, _ in ran] == [graph for _, graph in ran]
 
 
 def test_a_file_that_is_changed_while_the_sweep_runs(users, tmp_path):
