@@ -191,6 +191,8 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._drain.join(timeout=2.0)
+        if not self._drain.is_alive():
+            self._process.stdout.close()
         if self._events >= 0:
             os.close(self._events)
             self._events = -1

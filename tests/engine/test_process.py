@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -238,11 +239,15 @@ def test_a_worker_leaves_no_descriptor_and_no_thread_behind(script, start):
     script("os._exit(3)")
     gc.collect()
     before, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
-    for _ in range(3):
-        worker = WorkerProcess(CONFIG, threads=1)
-        lost(worker)
-        del worker
-    gc.collect()
+    with warnings.catch_warnings(record=True) as warned:
+        # Where warnings are errors, as in many test suites, one that is left open is one.
+        warnings.simplefilter("always")
+        for _ in range(3):
+            worker = WorkerProcess(CONFIG, threads=1)
+            lost(worker)
+            del worker
+        gc.collect()
+    assert [str(each.message) for each in warned if each.category is ResourceWarning] == []
     assert set(os.listdir("/proc/self/fd")) == before
     assert threading.active_count() == threads
 
