@@ -21,7 +21,7 @@ __all__ = ["BenchmarkConfig", "BenchmarkResult", "__version__", "benchmark", "lo
 
 
 def benchmark(
-    blocks: Iterable[str] | None = None,
+    blocks: Iterable[str] | str | None = None,
     config: BenchmarkConfig | None = None,
     *,
     vary: Mapping[str, Sequence[Any]] | None = None,

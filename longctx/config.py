@@ -121,13 +121,19 @@ def _format_options(options: Iterable[tuple[str, Any]]) -> str:
     return ",".join(f"{name}={value}" for name, value in options)
 
 
-def parse_blocks(words: Iterable[str]) -> list[BlockRequest]:
+def parse_blocks(words: Iterable[str] | str) -> list[BlockRequest]:
     """Words of `--blocks` as requests, one for each value of an option that has several, in order, without duplicates.
 
     A comma separates blocks only in a word without a colon. Raises UsageError.
     """
     requests = []
-    for word in words:
+    for word in [words] if isinstance(words, str | type) else words:
+        if not isinstance(word, str):
+            name = getattr(word, "__name__", type(word).__name__)
+            raise UsageError(
+                f"a block is named by a text, not given as {word!r}",
+                f"workers import it by its name: 'path/to/file.py:{name}' or 'package.module:{name}'",
+            )
         parts = [word] if ":" in word else [part for part in word.split(",") if part.strip()]
         requests += [request for part in parts for request in BlockRequest.parse_all(part)]
     return list(dict.fromkeys(requests))

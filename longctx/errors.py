@@ -15,6 +15,9 @@ class LongctxError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            # Python shows it below the message where nobody catches the error.
+            self.add_note(hint)
         if exit_code is not None:
             self.exit_code = exit_code
 

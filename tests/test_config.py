@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 from longctx import BenchmarkConfig
@@ -150,6 +152,25 @@ def test_an_option_with_several_values_is_a_row_for_each(word, names):
 def test_options_that_nobody_could_mean_are_refused(word):
     with pytest.raises(UsageError, match="cannot read"):
         parse_blocks([word])
+
+
+def test_a_block_is_named_by_a_text():
+    assert parse_blocks("BLADE") == parse_blocks(["BLADE"])
+
+    class Mine:
+        pass
+
+    for blocks in ([Mine], Mine, [Mine()]):
+        with pytest.raises(UsageError, match="named by a text") as caught:
+            parse_blocks(blocks)
+        assert "file.py:Mine" in caught.value.hint
+
+
+def test_the_hint_of_an_error_stands_in_its_traceback():
+    with pytest.raises(LongctxError) as caught:
+        parse_length("4T")
+    text = "".join(traceback.format_exception_only(caught.value))
+    assert caught.value.hint in text and caught.value.hint not in str(caught.value)
 
 
 def test_one_block_is_not_several():

@@ -28,7 +28,7 @@ START_TIMEOUT_S = 180.0
 RETRIED = ("crashed", "timeout")
 
 
-def requested(blocks: Iterable[str] | None) -> list[BlockRequest]:
+def requested(blocks: Iterable[str] | str | None) -> list[BlockRequest]:
     """The words of `--blocks` as requests, all of ours for none. Raises LongctxError."""
     requests = list(dict.fromkeys(own_spelling(request) for request in parse_blocks(blocks or own_blocks.names())))
     if len({request.name for request in requests}) < len(requests):

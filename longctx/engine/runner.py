@@ -42,7 +42,7 @@ SPARES_LONGER = ("oom", "timeout")
 
 
 def run_sweep(
-    blocks: Iterable[str] | None,
+    blocks: Iterable[str] | str | None,
     config: BenchmarkConfig,
     *,
     vary: Mapping[str, Sequence[Any]] | None = None,
