@@ -24,7 +24,7 @@ from longctx.errors import ResultsError
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "crashed", "timeout", "failed", "wrong", "impossible", "unsupported", "skipped")
-WARNINGS = ("unstable", "suspect", "throttled", "launch_bound", "contended", "memory_grows")
+WARNINGS = ("unstable", "suspect", "throttled", "launch_bound", "contended", "memory_grows", "mixes_batch")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from longctx.analysis.series import METRICS, collect
 from longctx.analysis.settings import in_words, varying
 from longctx.results import BenchmarkResult
 
-DOUBTFUL = ("contended", "suspect", "throttled", "unstable")
+DOUBTFUL = ("contended", "mixes_batch", "suspect", "throttled", "unstable")
 """Warnings under which a figure should not be quoted."""
 
 FRAME = (BASE, "Identity")

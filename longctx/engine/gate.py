@@ -51,13 +51,13 @@ def check_block(
 ) -> dict[str, Any]:
     """Check `loaded` for `cell`; x `[B, T, D]` is the input that will be timed, and is left as it was.
 
-    Returns {error, tolerance, passed, reason} and, of the calls at the cell's shape, {first_call_s, call_s, calls}.
-    error is the largest of ||y - reference|| / ||reference|| at the short length, None without a reference; reason
-    says what failed, or None. cache: kept by the caller between cells, so that the reference check is made once for
-    a block, its options, dtype and device. What the block raises passes through.
+    Returns {error, tolerance, passed, reason, mixes_batch} and, of the calls at the cell's shape, {first_call_s,
+    call_s, calls}. error is the largest of ||y - reference|| / ||reference|| at the short length, None without a
+    reference; reason says what failed, or None. cache: kept by the caller between cells, so that the reference check is
+    made once for a block, its options, dtype and device. What the block raises passes through.
     """
     found: dict[str, Any] = {"error": None, "tolerance": None, "passed": True, "reason": None}
-    found |= {"first_call_s": None, "call_s": None, "calls": 0}
+    found |= {"mixes_batch": False, "first_call_s": None, "call_s": None, "calls": 0}
     cache = {} if cache is None else cache
     # The hash is that of a file, which may hold many blocks.
     key = (cell.block.target, loaded.source_hash, repr(sorted(loaded.options.items())))
@@ -103,12 +103,13 @@ def _check_short(
         raise _Wrong("gives the same output for another input")
     if cell.mode in STREAMED:
         _carries_on(loaded, x, y, cell)
+    mixes = not loaded.ours and _mixes_batch(loaded, x, cell.dtype)
     if loaded.reference is None:
         _keeps_nothing(loaded, x, y, cell.dtype)
         if loaded.causal:
             for position in {1, length // 2, max(1, length - ODD_REST // 2)} - {length, 0}:
                 _blind_to_later(loaded, x, y, position, cell.dtype)
-        return {"error": None, "tolerance": None, "passed": True, "reason": None}
+        return {"error": None, "tolerance": None, "passed": True, "reason": None, "mixes_batch": mixes}
     tolerance = loaded.tolerances[cell.dtype]
     twin = loaded.twin(torch.float64)
     expected = loaded.reference(twin, x.double())
@@ -130,6 +131,7 @@ def _check_short(
         "tolerance": tolerance,
         "passed": passed,
         "reason": reason,
+        "mixes_batch": mixes,
     }
 
 
@@ -179,6 +181,18 @@ def _keeps_nothing(loaded: LoadedBlock, x: Tensor, y: Tensor, dtype: str) -> Non
         raise _Wrong("gives the same output when the values in its input tensor have changed: it keeps old results")
     if not _digest(loaded.checked_call(x)).close_to(_digest(y), loaded.tolerances[dtype]):
         raise _Wrong("gives another output for the same input after others came in between")
+
+
+def _mixes_batch(loaded: LoadedBlock, x: Tensor, dtype: str) -> bool:
+    """Whether a sequence changes what another one of its batch gives, as with nn.MultiheadAttention without
+    batch_first, which attends over the batch. No error: experts of a fixed capacity do so too."""
+    one, other = x[:1], x[:1].flip(1)
+    try:
+        first, second = (loaded.checked_call(torch.cat([one, each]))[:1].clone() for each in (other, other.neg()))
+    except Exception:
+        # It may take no batch of two.
+        return False
+    return _digest(second).difference(_digest(first)) > LEAK[dtype]
 
 
 def _blind_to_later(loaded: LoadedBlock, x: Tensor, y: Tensor, position: int, dtype: str) -> None:

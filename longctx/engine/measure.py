@@ -166,7 +166,7 @@ def _measure(
         timing = _time(cell, plan, device, run, emit, warmed=warmed, call_s=call_s, first_call=warmed == 0)
         found |= {
             "samples_round": timing.samples,
-            "warnings": timing.warnings,
+            "warnings": [*found["warnings"], *timing.warnings],
             "host_time_median": timing.host_time_median,
             "calls_per_sample": timing.calls_per_sample,
             "contention": timing.contention,
@@ -249,6 +249,8 @@ def _gate(
     found["gate_s"] -= gate["first_call_s"] or 0.0
     found["gate"] = {name: gate[name] for name in ("error", "tolerance", "passed", "reason")}
     found["path"] = loaded.path
+    if gate["mixes_batch"]:
+        found["warnings"] = [*found["warnings"], "mixes_batch"]
     if not gate["passed"]:
         found["status"] = "wrong"
         found["error"] = {"type": "Wrong", "message": f"{loaded.name} {gate['reason']}"}

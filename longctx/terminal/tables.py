@@ -25,6 +25,7 @@ WARNING_ADVICE = {
     "launch_bound": "the time is that of launching kernels, not of their work; use longer lengths",
     "contended": "other programs used this machine while measuring",
     "memory_grows": "every call leaves memory behind; a long run will end for want of it",
+    "mixes_batch": "sequences of a batch change each other; is a layer without batch_first=True in it?",
 }
 STYLES = {"ok": "green", "wrong": "bold red", "impossible": "bold red", "skipped": "dim", "unsupported": "dim"}
 BAD = "yellow"

@@ -154,7 +154,7 @@ class _Training:
         found["samples_round"], found["bare_samples_round"] = clock.read(), bare
         found["contention"] = clock.contention
         if clock.contention["contended"] and self.device.type == "cpu":
-            found["warnings"] = ["contended"]
+            found["warnings"] = [*found["warnings"], "contended"]
         found["lightning"] = {
             "first_loss": _finite(clock.losses[0]),
             "last_loss": _finite(clock.losses[-1]),

@@ -88,6 +88,17 @@ class DeafToDtype(nn.Module):
     def forward(self, x):
         return self.l(x)
 
+class Heads(nn.Module):
+    def __init__(self, d_model, batch_first=False):
+        super().__init__()
+        self.a = nn.MultiheadAttention(d_model, 2, batch_first=batch_first)
+    def forward(self, x):
+        return self.a(x, x, x, need_weights=False)
+
+class OneAtATime(Good):
+    def forward(self, x):
+        return self.l(x.view(x.shape[1:])).view(1, *x.shape[1:])
+
 class By64(Good):
     def forward(self, x):
         return self.l(x.unflatten(1, (-1, 64)).flip(2)).flatten(1, 2)
@@ -262,6 +273,15 @@ def test_what_a_block_puts_in_the_place_of_torch_is_in_no_other_row(users, tmp_p
     rows, _ = sweep(blocks, tmp_path, sequence_lengths=[16, 24], isolation="worker", on_event=look)
     assert {row.status for row in rows} == {"ok"}
     assert set(seen) == {("Patches", True), ("Good", False)}
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_block_that_takes_the_batch_for_the_sequence_says_so(users, tmp_path, mode):
+    blocks = [users("Heads"), users("Heads") + ":batch_first=true", users("OneAtATime"), users("Good")]
+    rows, _ = sweep(blocks, tmp_path, sequence_lengths=[16, 24], mode=mode)
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.block_name for row in rows if "mixes_batch" in row.warnings} == {"Heads"}
+    assert sum("mixes_batch" in row.warnings for row in rows) == 2
 
 
 def test_a_compiled_block_is_measured_as_compiled_for_its_own_shape(tmp_path):
