@@ -84,15 +84,25 @@ def _import_file(path: Path) -> ModuleType:
         raise
     except BaseException as error:
         sys.modules.pop(name, None)
-        raise UsageError(
-            f"{path.name} cannot be loaded: {in_words(error)}", "run it by itself with python to see more"
-        ) from error
+        raise UsageError(f"{path.name} cannot be loaded: {in_words(error)}", _way_out(error, path)) from error
     for found in set(sys.modules) - before - {name}:
         origin = getattr(sys.modules.get(found), "__file__", None)
         if origin and Path(origin).is_relative_to(folder):
             _SIBLINGS[found.partition(".")[0]] = folder
     _FILES[str(path), digest] = module
     return module
+
+
+def _way_out(error: BaseException, path: Path) -> str:
+    """What to do about a file that raised `error` when it was run."""
+    if isinstance(error, SystemExit):
+        return "what it does as a script belongs below `if __name__ == '__main__':`"
+    if isinstance(error, ImportError) and "relative import" in said_by(error):
+        names, folder = [path.stem], path.parent
+        while Path(folder, "__init__.py").exists() or len(names) == 1:
+            names, folder = [folder.name, *names], folder.parent
+        return f"a file of a package is named as one: {'.'.join(names)}:Name, from the folder {folder}"
+    return "run it by itself with python to see more"
 
 
 def _import_package(place: str) -> ModuleType:

@@ -301,7 +301,8 @@ def _arguments(
     if missing:
         raise UsageError(
             f"{request.target} needs {', '.join(missing)}, which nothing gives it",
-            f"longctx passes {', '.join(_SHARED)}; give others as {request.target}:{missing[0]}=value",
+            f"longctx passes {', '.join(_SHARED)}; give others as {request.target}:{missing[0]}=value, or name a "
+            "function of yours that takes what longctx passes and returns the module",
         )
     defaults = {n: p.default for n, p in named.items() if p.default is not p.empty and n not in _SHARED}
     return passed | dict(options), {n: _plain(v) for n, v in (defaults | dict(options)).items()}

@@ -31,10 +31,13 @@ RETRIED = ("crashed", "timeout")
 def requested(blocks: Iterable[str] | str | None) -> list[BlockRequest]:
     """The words of `--blocks` as requests, all of ours for none. Raises LongctxError."""
     requests = list(dict.fromkeys(own_spelling(request) for request in parse_blocks(blocks or own_blocks.names())))
-    if len({request.name for request in requests}) < len(requests):
-        raise LongctxError(
-            "two of the blocks have the same name", "blocks of your own that are measured together need different names"
-        )
+    by_name: dict[str, BlockRequest] = {}
+    for request in requests:
+        if (other := by_name.setdefault(request.name, request)) is not request:
+            raise LongctxError(
+                f"two of the blocks have the same name, {request.name}: {other} and {request}",
+                "blocks of your own that are measured together need different names",
+            )
     return requests
 
 

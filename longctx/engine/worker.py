@@ -56,6 +56,8 @@ def main() -> None:
     os.set_inheritable(channel.fileno(), False)
     _die_with(int(sys.argv[2]))
     _keep_freed_pages()
+    # A file of the user's that reads its arguments gets none, rather than ours.
+    del sys.argv[1:]
     jobs = os.fdopen(os.dup(0), "r")
     # A block that reads standard input gets nothing, rather than the next job.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

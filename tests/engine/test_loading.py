@@ -243,11 +243,23 @@ def test_files_and_packages_that_are_not_there(tmp_path):
     with pytest.raises(UsageError, match="there is no module 'no_such_package_here"):
         describe("no_such_package_here.inner:Plain")
     (tmp_path / "bad.py").write_text("import torch\nraise SystemExit(9)\n")
-    with pytest.raises(UsageError, match="SystemExit"):
+    with pytest.raises(UsageError, match="SystemExit") as caught:
         describe(f"{tmp_path}/bad.py:Plain")
+    assert "__main__" in caught.value.hint
     (tmp_path / "worse.py").write_text("def (:\n")
     with pytest.raises(UsageError, match="SyntaxError"):
         describe(f"{tmp_path}/worse.py:Plain")
+
+
+def test_a_file_that_is_part_of_a_package_is_said_to_be(tmp_path):
+    folder = tmp_path / "outer" / "inner"
+    folder.mkdir(parents=True)
+    for each in (folder, folder.parent):
+        (each / "__init__.py").touch()
+    (folder / "block.py").write_text("from ..shared import NUMBER\n")
+    with pytest.raises(UsageError, match="relative import") as caught:
+        describe(f"{folder}/block.py:Plain")
+    assert caught.value.hint.endswith(f"outer.inner.block:Name, from the folder {tmp_path}")
 
 
 def test_neighbouring_files_are_imported_from_the_right_folder(tmp_path):

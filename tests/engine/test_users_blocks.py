@@ -334,6 +334,13 @@ def test_what_a_block_prints_in_this_process_is_no_part_of_what_we_print(users, 
     assert "hello" in printed.err and "hello" not in printed.out
 
 
+def test_a_file_that_reads_its_arguments_gets_none(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(FILE + "import argparse\nargparse.ArgumentParser().parse_args()\n")
+    (row,), _ = sweep([f"{path}:Good"], tmp_path, sequence_lengths=[16], isolation="worker")
+    assert row.status == "ok"
+
+
 def test_a_block_that_cannot_be_moved_is_refused_in_words(users, tmp_path):
     with pytest.raises(
         LongctxError, match=r"Immovable cannot be built: ValueError in theirs.py, .*this one stays here"
