@@ -1,7 +1,7 @@
 """Which modules of a model are its sequence-mixing blocks, and what each of them takes.
 
-By type first (our blocks, then what a selector of the user's says, then torch's attention and transformer layers), then
-by the names that such attributes and classes go by.
+What a selector of the user's says first; then by type (our blocks and what stands beside them in a list, torch's
+attention and transformer layers), then by the names that such attributes and classes go by.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def find_blocks(model: nn.Module, selector: BlockSelector | None = None) -> list
     """The blocks of `model`, each distinct shape once, in the model's order. Raises LongctxError if it has none.
 
     A block inside a block is a part of it; one inside a wrapper (torch.compile, FSDP) has the wrapper measured with it.
-    selector(path, module) -> bool is asked where there are no blocks of ours.
+    selector(path, module) -> bool is asked first; where it finds none, blocks are looked for as without it.
     """
     whole = _is_compiled(model)
     model = unwrapped(model)
-    for is_block in _ways(selector):
+    for is_block in _ways(model, selector):
         found = _distinct(_outermost(model, is_block))
         if found:
             for block in found:
@@ -107,11 +107,16 @@ def find_blocks(model: nn.Module, selector: BlockSelector | None = None) -> list
     )
 
 
-def _ways(selector: BlockSelector | None) -> Iterator[BlockSelector]:
-    # What a person says outright goes before what is guessed from a name; that a block of ours is one is no guess.
-    yield lambda path, module: isinstance(module, PreNormBlock)
+def _ways(model: nn.Module, selector: BlockSelector | None) -> Iterator[BlockSelector]:
     if selector is not None:
         yield selector
+    lists = _lists_of_ours(model)
+
+    def beside_ours(path: str, module: nn.Module) -> bool:
+        mere_layer = type(module).__module__.startswith("torch.nn.") and not isinstance(module, TORCH_TYPES)
+        return path.rpartition(".")[0] in lists and not mere_layer
+
+    yield lambda path, module: isinstance(module, PreNormBlock) or beside_ours(path, module)
     yield lambda path, module: isinstance(module, TORCH_TYPES)
     yield _named_as_one_of_many
     for name in (*NAMES[:-1], *MORE_NAMES):
@@ -120,6 +125,14 @@ def _ways(selector: BlockSelector | None) -> Iterator[BlockSelector]:
     for words in CLASS_WORDS:
         yield lambda path, module, words=words: any(word in type(module).__name__.lower() for word in words)
     yield lambda path, module: path == NAMES[-1] and not _is_container(module)
+
+
+def _lists_of_ours(model: nn.Module) -> set[str]:
+    """Paths of the lists in which a block of ours is: what else is in one takes its place, and is a block too."""
+    lists = ((path, each) for path, each in model.named_modules() if isinstance(each, nn.ModuleList))
+    return {
+        _without_wrappers(path) for path, each in lists if any(isinstance(unwrapped(m), PreNormBlock) for m in each)
+    }
 
 
 def _named_as_one_of_many(path: str, module: nn.Module) -> bool:
@@ -136,10 +149,14 @@ def _outermost(model: nn.Module, is_block: BlockSelector) -> Iterable[FoundBlock
     for path, module in model.named_modules():
         if not path or (inside is not None and path.startswith(inside)):
             continue
-        name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
+        name = _without_wrappers(path)
         if is_block(name, unwrapped(module)):
             inside = f"{path}."
             yield FoundBlock(path=name, module=module)
+
+
+def _without_wrappers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def _distinct(found: Iterable[FoundBlock]) -> list[FoundBlock]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from longctx.blocks import build
 from longctx.errors import LongctxError
 from longctx.training import LightningBenchmarkRunner, LongContextLM
 from longctx.training.finding import find_blocks
@@ -127,6 +128,13 @@ def test_a_selector_says_what_a_block_is(package, config):
     runner = LightningBenchmarkRunner(config)
     rows = runner.benchmark_lightning_model(model, "m", block_selector=lambda path, module: path == "strange")
     assert [row.block_name for row in rows] == ["m.strange", "m"]
+
+
+def test_blocks_of_both_kinds_in_one_list_are_found_and_a_selector_is_heard():
+    ours = build("Identity", d_model=16, n_heads=2)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([ours, nn.Dropout(), Shuffler(16)]), "head": nn.Linear(16, 16)})
+    assert [block.path for block in find_blocks(model)] == ["blocks.0", "blocks.2"]
+    assert [block.path for block in find_blocks(model, lambda path, module: path == "blocks.2")] == ["blocks.2"]
 
 
 def test_each_distinct_shape_is_found_once_and_nothing_inside_a_block():
