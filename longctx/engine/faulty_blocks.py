@@ -112,7 +112,7 @@ class Flat(nn.Module):
 
 
 class SlowStart(nn.Module):
-    """Takes two seconds for its first call at a shape, and next to nothing afterwards."""
+    """Takes a second for its first call at a shape, and next to nothing afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class SlowStart(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape) not in self.seen:
             self.seen.add(tuple(x.shape))
-            time.sleep(2.0)
+            time.sleep(1.0)
         return x.cumsum(1)
 
 

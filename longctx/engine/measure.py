@@ -163,7 +163,9 @@ def _measure(
     if _compiled_anew() or cell.mode != "forward":
         warmed, call_s = 0, None
     if plan.timing:
-        timing = _time(cell, plan, device, run, emit, warmed=warmed, call_s=call_s, first_call=warmed == 0)
+        # A first call that the gate has made stays the first, also where what it compiled is compiled again.
+        first = warmed == 0 and (cell.mode != "forward" or found["first_call_s"] is None)
+        timing = _time(cell, plan, device, run, emit, warmed=warmed, call_s=call_s, first_call=first)
         found |= {
             "samples_round": timing.samples,
             "warnings": [*found["warnings"], *timing.warnings],
@@ -219,15 +221,19 @@ def _measure(
 
 
 def _compiled_anew() -> bool:
-    """Have torch.compile forget what it made in this process. Returns whether there may have been something.
+    """Have torch.compile forget what it made in this process. Returns whether there was something.
 
     It keeps graphs by code, not by module: those of other cells and of the gate's lengths would have it compile for any
     length, and after a few of them run the block uncompiled, without a word.
     """
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()
-    return dynamo is not None
+    if dynamo is None:
+        return False
+    # What it has looked at. Not to know costs some calls.
+    codes = getattr(getattr(dynamo, "convert_frame", None), "input_codes", None)
+    compiled = bool(getattr(codes, "seen", True))
+    dynamo.reset()
+    return compiled
 
 
 def _gate(

@@ -204,7 +204,7 @@ def _why_missed(fault: Fault, result: BenchmarkResult | None) -> str | None:
         return f"{got}, expected {fault.status}"
     if fault.warning and fault.warning not in result.warnings:
         return f"no warning {fault.warning}"
-    if fault.name == "SlowStart" and not (result.first_call_s >= 2.0 > 10 * result.time_s):
+    if fault.name == "SlowStart" and not (result.first_call_s >= 1.0 > 10 * result.time_s):
         return f"first call {result.first_call_s:.2f} s, then {result.time_s:.2f} s"
     return None
 
