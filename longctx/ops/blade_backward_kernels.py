@@ -43,15 +43,15 @@ class ComposedBackward:
     """More products of weights: through `[4D, D]` is M above, through_sum `[D]` c, pass_mean `[N, D]` W_state W_out."""
 
     def __init__(self, composed: Composed) -> None:
-        out_w = composed.plain[0]
+        out_w = composed.weights.out[0]
         self.composed = composed
         self.through = torch.empty_like(composed.up)
         self.through_sum = torch.empty_like(composed.up_sum[: out_w.shape[0]])
-        self.pass_mean = torch.empty_like(composed.plain[2])
+        self.pass_mean = torch.empty_like(composed.weights.state[0])
 
     def compose(self) -> None:
         """From what `composed` holds now."""
-        out_w, _, state_w = self.composed.plain
+        out_w, state_w = self.composed.weights.out[0], self.composed.weights.state[0]
         torch.mm(self.composed.up, out_w, out=self.through)
         torch.sum(out_w, 0, dtype=torch.float32, out=self.through_sum)
         torch.mm(state_w, out_w, out=self.pass_mean)

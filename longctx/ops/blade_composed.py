@@ -32,7 +32,7 @@ class Composed:
     inject `[E, N + 1 or more]`: W_qkv [W_inject, b_inject]. values `[D, the same]`: its part of the values, for each
     query head. pass_on `[D, the same]`: W_out applied to that. up `[4D, D]`: W_up with the norm's gain. up_sum and
     up_shift `[4D]`, fp32: its row sums; W_up applied to the norm's bias, and b_up. state `[N, 4D]`: W_state W_down.
-    constant `[N]`, fp32: W_state b_down + b_state. plain: W_out, b_out and W_state as they are.
+    constant `[N]`, fp32: W_state b_down + b_state. weights: what the kernels read as it is.
     """
 
     def __init__(self, weights: ChainWeights) -> None:
@@ -43,7 +43,6 @@ class Composed:
         columns = (states + 16) // 16 * 16
         self.weights = weights
         self.heads, self.groups, self.eps = weights.n_heads, weights.num_kv_heads, weights.norm[2]
-        self.plain = (*weights.out, weights.state[0])
         self.augmented = qkv.new_zeros(width, columns)
         self.inject = qkv.new_empty(rows, columns)
         self.values = qkv.new_empty(width, columns)

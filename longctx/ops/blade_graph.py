@@ -161,9 +161,10 @@ class Prepared:
         like = slabs[0][0]
         most = max(x.numel() for x, _ in slabs)
         scratch = like.new_empty(most)
-        in_place = all(map(blade_table.holds, itertools.chain(*slabs))) if self.composed is not None else False
+        fused = self.composed is not None
+        in_place = fused and all(map(blade_table.holds, itertools.chain(*slabs)))
         # Rows of a batch, which lie apart, go through a buffer.
-        buffer = like.new_empty(most) if self.composed is not None and not in_place else None
+        buffer = like.new_empty(most) if fused and not in_place else None
         for x, y in slabs:
             with self._slab(*x.shape[:3]) as (slab, replay):
                 if slab.residual is not None:
@@ -213,9 +214,9 @@ class Prepared:
 
     def _new_slab(self, count: int, batch: int, chunk: int) -> Slab:
         like = self.weights.qkv
-        rows, width = like.shape
+        columns, width = like.shape
         # Zeros, not whatever lay there: the run before the capture goes over them.
-        qkv = like.new_zeros(count, batch, chunk, rows)
+        qkv = like.new_zeros(count, batch, chunk, columns)
         hidden = like.new_empty(count, batch * chunk, self.weights.up[0].shape[0])
         s = like.new_zeros(batch, self.weights.inject[0].shape[1], dtype=wide_dtype(like.dtype))
         if self.composed is None:

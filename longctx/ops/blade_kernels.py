@@ -127,8 +127,7 @@ class Forward:
         rows, columns = composed.inject.shape
         heads, groups = composed.heads, composed.groups
         head = width // heads
-        out_w, out_b, state_w = composed.plain
-        down_b = composed.weights.down[1]
+        weights = composed.weights
         tile_m, tile_n, warps, stages = self.tiles.attend
         values = (table, self.gathered, composed.constant, composed.inject, index, chunk, width, rows, columns, states)
         constants = {"GROUP": heads // groups, "KV": groups * head, "PARTS": self.gathered.shape[1], "PAD": padded}
@@ -137,7 +136,7 @@ class Forward:
         launch(_attend, self.attend_grid, (*values, scale), constants, num_warps=warps, num_stages=stages, **more)
 
         tile_m, tile_n, tile_k, warps, stages = self.tiles.project
-        values = (table, out_w, out_b, down_b, composed.pass_on, state_w, self.stats, self.halfway)
+        values = (table, *weights.out, weights.down[1], composed.pass_on, weights.state[0], self.stats, self.halfway)
         values = (*values, index, ahead, chunk, rows, columns, states, 1.0 / chunk)
         constants = {"D": width, "PAD": padded, "M": tile_m, "N": tile_n, "K": tile_k, "KEEP": kept, "EARLY": early}
         launch(_project, self.project_grid, values, constants, num_warps=warps, num_stages=stages, **more)

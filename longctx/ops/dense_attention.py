@@ -26,8 +26,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, dro
     if q.shape[2] % k.shape[2] or k.shape != v.shape or (causal and k.shape[1] < q.shape[1]):
         raise UsageError(f"queries {list(q.shape)} do not fit keys {list(k.shape)} and values {list(v.shape)}")
     queries, keys = q.shape[1], k.shape[1]
-    # Of two constants, as torch takes no comparison of lengths that a compiler leaves open.
-    masked = True if causal and queries > 1 else False  # noqa: SIM210
+    masked = False
+    if causal and queries > 1:
+        # Not the comparison itself: torch takes none of lengths that a compiler leaves open.
+        masked = True
     if masked and queries < keys:
         return _behind_cache(q, k, v, dropout_p)
     if q.device.type == "cpu":

@@ -64,8 +64,7 @@ def test_a_wrong_guess_only_costs_tries():
 @pytest.mark.parametrize("taken", [8, 4096, 1 << 14, 3 << 12])
 @pytest.mark.parametrize("foresight", [True, False])
 def test_a_block_that_takes_multiples_of_something_is_followed_as_far_as_it_goes(taken, foresight):
-    limit, tried = 300_000, {}
-    need = lambda t: 4096 * t  # noqa: E731
+    limit, need, tried = 300_000, LAWS["linear"], {}
     while True:
         fits = max((t for t, status in tried.items() if status == "ok"), default=0)
         fails, refused = refusals(tried, fits)
