@@ -97,13 +97,19 @@ def add_to_queries(
 
 
 @triton.jit
+def weights_of_keys(q, k, sums, scale):
+    """`[N, M]`: what each key weighs in the softmax of each query, computed again. What is hidden is the caller's."""
+    return tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - sums[None, :])
+
+
+@triton.jit
 def add_to_keys(
-    q, k, v, above, sums, delta, seen, let, scale, lift, grad_k, grad_v, MASKED: tl.constexpr, DROPOUT: tl.constexpr
+    p, q, v, above, delta, let, lift, grad_k, grad_v, DROPOUT: tl.constexpr
 ):  # fmt: skip
-    """The same for keys and values, `[N, K]` each: what a tile of queries adds. seen, let are `[N, M]` here."""
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - sums[None, :])
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
+    """The same for keys and values, `[N, K]` each: what a tile of queries adds.
+
+    p `[N, M]`: `weights_of_keys`, zero where hidden. let is `[N, M]` here.
+    """
     passed = p
     if DROPOUT:
         passed = tl.where(let, p * lift, 0.0)

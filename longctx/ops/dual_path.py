@@ -203,7 +203,7 @@ def _shapes(u, kv, s, qkv, gate, gate_bias, enter, enter_bias, decay, leave, out
         u.new_empty(batch, whole, columns),
         u.new_empty(batch, tokens, count),
         u.new_empty(batch, tokens, heads, width // heads),
-        u.new_empty(batch, heads, tokens, dtype=torch.float32),
+        u.new_empty(batch, heads, window_kernel.line_of(tokens), dtype=torch.float32),
     )
 
 

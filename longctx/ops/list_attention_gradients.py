@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.attention_tile import LOG2_E, add_to_keys, add_to_queries, kept, load_rows, store_rows
+from longctx.ops.attention_tile import (
+    LOG2_E,
+    add_to_keys,
+    add_to_queries,
+    kept,
+    load_rows,
+    store_rows,
+    weights_of_keys,
+)
 from longctx.ops.launch import launch
 from longctx.ops.list_attention_kernel import nth_of_list, warps
 
@@ -68,7 +76,7 @@ def run_backward(
         *strides, *plan.stride()[:2], *grad_q.stride()[:2], *common,
     )  # fmt: skip
     constants = {**pattern, "PICKS": plan.shape[2], **flags}
-    launch(_grad_queries, (n_blocks - first, heads, batch), values, constants, **how)
+    launch(_grad_queries, (n_blocks - first, heads, batch), values, constants, **{**how, "num_stages": 2})
 
     shared = delta  # stands for the sums of global blocks where there are none
     late = n_blocks - max(window, first)
@@ -167,8 +175,8 @@ def _grad_keys(
         acc_k += load_rows(summed, block * SIZE, groups * K, of_global, SIZE, K, True)
         summed += tl.cast(batch, tl.int64) * GLOBALS * SIZE * groups * K
         acc_v += load_rows(summed, block * SIZE, groups * K, of_global, SIZE, K, True)
-    # First the window's readers, the block itself and those right behind it, then those that have drawn it; only the
-    # block itself needs the mask, but one loop waits less for memory than two.
+    # First the window's readers, the block itself and those right behind it, then those that have drawn it; one loop
+    # waits less for memory than two.
     near = tl.maximum(block, first)
     last = tl.maximum(tl.minimum(block + WINDOW, n_blocks), near)
     for member in range(group):
@@ -185,7 +193,7 @@ def _grad_keys(
             reader = tl.where(entry < 0, last + entry, chosen)
             acc_k, acc_v = _to_keys(
                 k, v, of_head, of_grad, q_token, g_token, sums + line, delta + line, reader, block, start, length,
-                seed, lane, dropout, scale, acc_k, acc_v, SIZE, K, DROPOUT, True,
+                reader == block, seed, lane, dropout, scale, acc_k, acc_v, SIZE, K, DROPOUT,
             )  # fmt: skip
     grad_k += item * dk_batch + narrow * K
     grad_v += item * dv_batch + narrow * K
@@ -195,10 +203,13 @@ def _grad_keys(
 
 @triton.jit
 def _to_keys(
-    k, v, queries, grad, q_token, g_token, sums, delta, reader, block, start, length, seed, lane, dropout, scale,
-    acc_k, acc_v, SIZE: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    k, v, queries, grad, q_token, g_token, sums, delta, reader, block, start, length, hidden, seed, lane, dropout,
+    scale, acc_k, acc_v, SIZE: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """What query block `reader` adds to the gradients of key block `block`; queries that are not there add nothing."""
+    """What query block `reader` adds to the gradients of key block `block`; queries that are not there add nothing.
+
+    hidden: whether it is the block itself, of which each query sees a part.
+    """
     inside = tl.arange(0, SIZE)
     rows = reader * SIZE + inside
     there = (rows >= start) & (rows < length)
@@ -207,13 +218,14 @@ def _to_keys(
     total = tl.load(sums + rows, mask=there, other=0.0) * LOG2
     product = tl.load(delta + rows, mask=there, other=0.0)
     columns = block * SIZE + inside
-    seen, let = True, True
-    if MASKED:
-        seen = rows[None, :] >= columns[:, None]
+    p = weights_of_keys(q, k, total, scale)
+    if hidden:
+        p = tl.where(rows[None, :] >= columns[:, None], p, 0.0)
+    let = True
     if DROPOUT:
         let = kept(seed, lane, rows[None, :], columns[:, None], dropout)
     lift = 1.0 / (1.0 - dropout)
-    return add_to_keys(q, k, v, above, total, product, seen, let, scale, lift, acc_k, acc_v, MASKED, DROPOUT)
+    return add_to_keys(p, q, v, above, product, let, lift, acc_k, acc_v, DROPOUT)
 
 
 @triton.jit
@@ -246,7 +258,7 @@ def _grad_globals(
         for reader in range(begin, tl.minimum(begin + share, n_blocks)):
             acc_k, acc_v = _to_keys(
                 k, v, of_head, of_grad, q_token, g_token, sums + line, delta + line, reader, block, start, length,
-                seed, lane, dropout, scale, acc_k, acc_v, SIZE, K, DROPOUT, False,
+                False, seed, lane, dropout, scale, acc_k, acc_v, SIZE, K, DROPOUT,
             )  # fmt: skip
     rows = tl.arange(0, SIZE) >= 0
     target = partial + ((tl.cast(part, tl.int64) * batch + item) * GLOBALS * SIZE * groups + narrow) * K

@@ -83,7 +83,7 @@ def run_forward(
     )  # fmt: skip
     constants = {"GLOBALS": num_globals, "WINDOW": window, "PICKS": plan.shape[2], "SIZE": size, "K": width}
     constants |= {"SUMS": keep_sums, "DROPOUT": dropout_p > 0}
-    launch(_list, (-(-length // size) - first, heads, batch), values, constants, **warps(size, width), num_stages=3)
+    launch(_list, (-(-length // size) - first, heads, batch), values, constants, **warps(size, width), num_stages=2)
     return out, sums
 
 

@@ -63,10 +63,10 @@ def _behind(qkv: Tensor, heads: int, head: int) -> list[Tensor | None]:
     return [*(t[:, head:] for t in (q, k, v)), k[:, :head], v[:, :head]]
 
 
-def _empty(qkv: Tensor, heads: int, head: int = 0) -> tuple[Tensor, Tensor]:
+def _empty(qkv: Tensor, heads: int, line: int) -> tuple[Tensor, Tensor]:
+    """The output, and sums `[B, H, line]`."""
     batch, tokens, _, width = qkv.shape
-    out = qkv.new_empty(batch, tokens, heads, width)
-    return out, qkv.new_empty(batch, heads, tokens - head, dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, line, dtype=torch.float32)
 
 
 def _window_forward(
@@ -118,7 +118,7 @@ def _window_backward(
 
 
 def _window_shapes(qkv, rows, heads, left, right, dropout_p, seed):
-    return _empty(qkv, heads, 0 if rows is None else rows.shape[1])
+    return _empty(qkv, heads, window.line_of(qkv.shape[1] - (0 if rows is None else rows.shape[1])))
 
 
 def _like_projection(grad, out, sums, qkv, *others):
@@ -196,7 +196,7 @@ def _list_backward(
 
 
 def _list_shapes(qkv, plan, readers, ends, heads, *others):
-    return _empty(qkv, heads)
+    return _empty(qkv, heads, qkv.shape[1])
 
 
 def _keep_lists(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -27,9 +27,10 @@ WIDEST = 8192
 # Programs that share the rows of a backward pass: four on each multiprocessor of an H100.
 PROGRAMS = 528
 GELU_TILE = (16, 256)
-# Rows, columns and depth of a tile of the product with GELU behind it, its warps and stages: two tiles share a
-# multiprocessor, so that one does GELU while the other multiplies. Below so many rows launching it costs more.
-PRODUCT_TILE = (128, 128, 64, 4, 3)
+# Rows, columns and depth of a tile of the product with GELU behind it, its warps and stages: tiles share a
+# multiprocessor, three forward and two backward, so that one does GELU while the others multiply. Below so many rows
+# launching it costs more.
+PRODUCT_TILE = (128, 128, 64, 4, 2)
 PRODUCT_BACKWARD_TILE = (128, 128, 64, 8, 3)
 PRODUCT_LEAST = 16384
 

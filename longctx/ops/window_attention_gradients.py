@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.ops.attention_tile import LOG2_E, add_to_keys, add_to_queries, kept, load_rows, store_rows
+from longctx.ops.attention_tile import (
+    LOG2_E,
+    add_to_keys,
+    add_to_queries,
+    kept,
+    load_rows,
+    store_rows,
+    weights_of_keys,
+)
 from longctx.ops.launch import launch
 from longctx.ops.window_attention_kernel import bounds, far_tile, tiles
 
@@ -40,7 +48,7 @@ def run_backward(
     *,
     grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and, if there are globals, of theirs. grad, out `[B, T, H, K]`, sums `[B, H, T]`.
+    """Gradients of q, k, v and, if there are globals, of theirs. grad, out `[B, T, H, K]`, sums `[B, H, line]`.
 
     grads: where to write them, heads behind each other; None: new memory.
     """
@@ -54,7 +62,9 @@ def run_backward(
     far_k, far_v = (k, v) if global_k is None else (global_k, global_v)
     far = 0 if global_k is None else global_k.shape[1]
     drawn = out if seed is None else seed
-    common = (tokens, count, far, left, right, heads // groups, width**-0.5 * LOG2_E, dropout_p, width**-0.5)
+    # Apart from each other, since a compiled kernel knows of 16 dividing each number that it is given.
+    places = (tokens, sums.shape[2], count - tokens, far, left, right)
+    common = (*places, heads // groups, width**-0.5 * LOG2_E, dropout_p, width**-0.5)
     drop = {"DROPOUT": dropout_p > 0}
     near = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     of_grad = grad.stride()[:3]
@@ -99,7 +109,7 @@ def _grad_queries(
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     fk_batch, fk_token, fk_head, fv_batch, fv_token, fv_head, g_batch, g_token, g_head,
     out_batch, out_token, dq_batch, dq_token,
-    tokens, count, far, left, right, group, scale, dropout, plain_scale,
+    tokens, line, halo, far, left, right, group, scale, dropout, plain_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAR: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries; leaves delta = rowsum(grad * out) for the other kernels."""
@@ -110,16 +120,16 @@ def _grad_queries(
     q = load_rows(queries + item * q_batch + head * q_head, first, q_token, rows < tokens, ROWS, K, True)
     above = load_rows(grad + item * g_batch + head * g_head, first, g_token, rows < tokens, ROWS, K, True)
     given = load_rows(out + item * out_batch + head * K, first, out_token, rows < tokens, ROWS, K, True)
-    line = (item * heads + head) * tokens
-    total = tl.load(sums + line + rows, mask=rows < tokens, other=0.0) * LOG2
+    of_line = (item * heads + head) * line
+    total = tl.load(sums + of_line + rows, mask=rows < line, other=0.0) * LOG2
     product = tl.sum(above.to(tl.float32) * given.to(tl.float32), 1)
-    tl.store(delta + line + rows, product, mask=rows < tokens)
+    tl.store(delta + of_line + rows, product, mask=rows < line)
     keys += item * k_batch + (head // group) * k_head
     values += item * v_batch + (head // group) * v_head
     lane = (item * heads + head).to(tl.int32)
     if DROPOUT:
         seed = tl.load(seed)
-    own = count - tokens + first
+    own, count = halo + first, halo + tokens
 
     acc = tl.zeros((ROWS, K), tl.float32)
     low, plain, edge, high = bounds(own, left, right, 0, count, ROWS, COLUMNS)
@@ -173,35 +183,35 @@ def _grad_keys(
     queries, keys, values, grad, sums, delta, grad_k, grad_v, seed,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     dk_batch, dk_token, dv_batch, dv_token,
-    tokens, count, far, left, right, group, scale, dropout, plain_scale,
+    tokens, line, halo, far, left, right, group, scale, dropout, plain_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and their values: the queries that see it lie from `right` behind to `left` ahead."""
     first = tl.program_id(0) * COLUMNS
+    count = halo + tokens
     there = first + tl.arange(0, COLUMNS) < count
     narrow, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
     k = load_rows(keys + item * k_batch + narrow * k_head, first, k_token, there, COLUMNS, K, True)
     v = load_rows(values + item * v_batch + narrow * v_head, first, v_token, there, COLUMNS, K, True)
-    halo = count - tokens
     if DROPOUT:
         seed = tl.load(seed)
     acc_k = tl.zeros((COLUMNS, K), tl.float32)
     acc_v = tl.zeros((COLUMNS, K), tl.float32)
-    # One loop, every tile masked: with three, for what is hidden in part and what is not, waiting for memory at the
-    # beginning of each costs more than the masks do.
-    low, _, _, high = bounds(first, right, left, halo, count, COLUMNS, ROWS)
+    # One loop that masks where it has to: three of them would each wait for memory at their beginning.
+    low, plain, edge, high = bounds(first, right, left, halo, count, COLUMNS, ROWS)
     for member in range(group):
         head = narrow * group + member
         # Positions of queries are counted as those of keys.
         of_head = queries + item * q_batch + head * q_head - tl.cast(halo, tl.int64) * q_token
         of_grad = grad + item * g_batch + head * g_head - tl.cast(halo, tl.int64) * g_token
-        line = (item * groups * group + head) * tokens - halo
+        of_line = (item * groups * group + head) * line - halo
         lane = (item * groups * group + head).to(tl.int32)
         for start in range(low, high, ROWS):
             acc_k, acc_v = _to_keys(
-                k, v, of_head, of_grad, q_token, g_token, sums + line, delta + line, start, count, first, left, right,
-                seed, lane, far, dropout, scale, acc_k, acc_v, ROWS, COLUMNS, K, DROPOUT,
+                k, v, of_head, of_grad, q_token, g_token, sums + of_line, delta + of_line, start, count, halo + line,
+                first, left, right, (start < plain) | (start >= edge), seed, lane, far, dropout, scale, acc_k, acc_v,
+                ROWS, COLUMNS, K, DROPOUT,
             )  # fmt: skip
     store_rows(grad_k + item * dk_batch + narrow * K, first, dk_token, there, acc_k * plain_scale, COLUMNS, K)
     store_rows(grad_v + item * dv_batch + narrow * K, first, dv_token, there, acc_v, COLUMNS, K)
@@ -209,31 +219,37 @@ def _grad_keys(
 
 @triton.jit
 def _to_keys(
-    k, v, queries, grad, q_token, g_token, sums, delta, start, stop, first, left, right, seed, lane, numbered,
-    dropout, scale, acc_k, acc_v,
+    k, v, queries, grad, q_token, g_token, sums, delta, start, stop, end, first, left, right, hidden, seed, lane,
+    numbered, dropout, scale, acc_k, acc_v,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries from `start` on, none from `stop` on, added to the gradients of the keys from `first` on."""
+    """A tile of queries from `start` on, none from `stop` on, added to the gradients of the keys from `first` on.
+
+    end: where the line of sums ends. hidden: whether some of the queries are not there, or do not see some of the keys.
+    """
     rows = start + tl.arange(0, ROWS)
     there = rows < stop
     q = load_rows(queries, start, q_token, there, ROWS, K, True)
     above = load_rows(grad, start, g_token, there, ROWS, K, True)
-    total = tl.load(sums + rows, mask=there, other=0.0) * LOG2
-    product = tl.load(delta + rows, mask=there, other=0.0)
+    # Read as far as the line goes, and so several at once.
+    total = tl.load(sums + rows, mask=rows < end, other=0.0) * LOG2
+    product = tl.load(delta + rows, mask=rows < end, other=0.0)
     places, cols = rows[None, :], first + tl.arange(0, COLUMNS)[:, None]
-    seen = there[None, :] & (places - cols <= left) & (places - cols >= -right)
+    p = weights_of_keys(q, k, total, scale)
+    if hidden:
+        p = tl.where(there[None, :] & (places - cols <= left) & (places - cols >= -right), p, 0.0)
     let = True
     if DROPOUT:
         let = kept(seed, lane, places, cols + numbered, dropout)
     lift = 1.0 / (1.0 - dropout)
-    return add_to_keys(q, k, v, above, total, product, seen, let, scale, lift, acc_k, acc_v, True, DROPOUT)
+    return add_to_keys(p, q, v, above, product, let, lift, acc_k, acc_v, DROPOUT)
 
 
 @triton.jit
 def _grad_globals(
     queries, keys, values, grad, sums, delta, partial, seed,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
-    tokens, count, far, left, right, group, scale, dropout, plain_scale, groups,
+    tokens, line, halo, far, left, right, group, scale, dropout, plain_scale, groups,
     ROWS: tl.constexpr, FAR: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """What one part of the queries adds to the gradients of a tile of global keys: partial `[2, parts, B, g, G, K]`."""
@@ -245,8 +261,8 @@ def _grad_globals(
     v = load_rows(values + item * v_batch + narrow * v_head, first, v_token, there, FAR, K, True)
     if DROPOUT:
         seed = tl.load(seed)
-    # Dropout counts queries by their place among the keys.
-    halo = count - tokens
+    # Queries are counted by their place among the keys, as dropout does.
+    count = halo + tokens
     share = tl.cdiv(tl.cdiv(tokens, ROWS), parts) * ROWS
     begin = (part * share).to(tl.int32) + halo
     acc_k = tl.zeros((FAR, K), tl.float32)
@@ -255,12 +271,12 @@ def _grad_globals(
         head = narrow * group + member
         of_head = queries + item * q_batch + head * q_head - tl.cast(halo, tl.int64) * q_token
         of_grad = grad + item * g_batch + head * g_head - tl.cast(halo, tl.int64) * g_token
-        line = (item * groups * group + head) * tokens - halo
+        of_line = (item * groups * group + head) * line - halo
         lane = (item * groups * group + head).to(tl.int32)
         for start in range(begin, tl.minimum(begin + share, count), ROWS):
             acc_k, acc_v = _to_keys(
-                k, v, of_head, of_grad, q_token, g_token, sums + line, delta + line, start, count, first,
-                1 << 30, 1 << 30, seed, lane, 0, dropout, scale, acc_k, acc_v, ROWS, FAR, K, DROPOUT,
+                k, v, of_head, of_grad, q_token, g_token, sums + of_line, delta + of_line, start, count, halo + line,
+                first, 1 << 30, 1 << 30, True, seed, lane, 0, dropout, scale, acc_k, acc_v, ROWS, FAR, K, DROPOUT,
             )  # fmt: skip
     target = partial + ((part * batch + item) * far * groups + narrow) * K
     store_rows(target, first, groups * K, there, acc_k * plain_scale, FAR, K)

@@ -31,7 +31,7 @@ MOST_STRIDE = (1 << 31) // 256
 class Tiles:
     """Queries and keys of a tile, warps and pipeline stages of each kernel."""
 
-    forward: tuple[int, int, int, int] = (64, 32, 4, 3)
+    forward: tuple[int, int, int, int] = (64, 64, 4, 2)
     queries: tuple[int, int, int, int] = (64, 32, 4, 3)
     keys: tuple[int, int, int, int] = (32, 64, 4, 3)
 
@@ -95,25 +95,31 @@ def run_forward(
     keep_sums: bool = True,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out `[B, T, H, K]`, log-sum-exp of the scores `[B, H, T]` in fp32, empty unless keep_sums).
+    """(out `[B, T, H, K]`, log-sum-exp of the scores `[B, H, line]` in fp32, empty unless keep_sums).
 
-    out: where to write, heads behind each other; None: new memory.
+    line: `line_of(T)`, with zeros behind the T-th. out: where to write, heads behind each other; None: new memory.
     """
     batch, tokens, heads, width = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    sums = q.new_empty((batch, heads, tokens) if keep_sums else (0,), dtype=torch.float32)
+    line = line_of(tokens)
+    sums = q.new_empty((batch, heads, line) if keep_sums else (0,), dtype=torch.float32)
     far_k, far_v = (k, v) if global_k is None else (global_k, global_v)
     far = 0 if global_k is None else global_k.shape[1]
     rows, columns, warps, stages = tiles(width).forward
     values = (
         q, k, v, far_k, far_v, out, sums, out if seed is None else seed,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *far_k.stride()[:3], *far_v.stride()[:3], *out.stride()[:2],
-        tokens, k.shape[1], far, left, right, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
+        tokens, line, k.shape[1], far, left, right, heads // k.shape[2], width**-0.5 * LOG2_E, dropout_p,
     )  # fmt: skip
     constants = {"ROWS": rows, "COLUMNS": columns, "FAR": far_tile(far), "K": width}
     constants |= {"SUMS": keep_sums, "DROPOUT": dropout_p > 0}
     launch(_window, (-(-tokens // rows), heads, batch), values, constants, num_warps=warps, num_stages=stages)
     return out, sums
+
+
+def line_of(tokens: int) -> int:
+    """Numbers that a line of sums has for so many queries: each begins where kernels can read several at once."""
+    return -(-tokens // 16) * 16
 
 
 def far_tile(far: int) -> int:
@@ -140,7 +146,7 @@ def _window(
     queries, keys, values, far_keys, far_values, out, sums, seed,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     fk_batch, fk_token, fk_head, fv_batch, fv_token, fv_head, out_batch, out_token,
-    tokens, count, far, left, right, group, scale, dropout,
+    tokens, line, count, far, left, right, group, scale, dropout,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAR: tl.constexpr, K: tl.constexpr,
     SUMS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +195,8 @@ def _window(
     target = out + item * out_batch + head * K
     store_rows(target, first, out_token, rows < tokens, acc * (lift / total)[:, None], ROWS, K)
     if SUMS:
-        tl.store(sums + (item * heads + head) * tokens + rows, (top + tl.log2(total)) * LN_2, mask=rows < tokens)
+        sum_of_row = tl.where(rows < tokens, (top + tl.log2(total)) * LN_2, 0.0)
+        tl.store(sums + (item * heads + head) * line + rows, sum_of_row, mask=rows < line)
 
 
 @triton.jit
@@ -248,7 +255,7 @@ def _backward(
 
 
 def _shapes(q, k, v, global_k, global_v, left, right, dropout_p, seed):
-    sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    sums = q.new_empty((q.shape[0], q.shape[2], line_of(q.shape[1])), dtype=torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), sums
 
 
