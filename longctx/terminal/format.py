@@ -119,7 +119,7 @@ def ratio(value: float | None) -> str:
     if not _is_number(value):
         return NONE
     if 0 < value < 0.095:
-        return f"{value:.2g}x"
+        return f"{value:#.2g}x"
     return f"{value:.2f}x" if value < 100 else f"{number(value)}x"
 
 

@@ -31,7 +31,7 @@ from longctx.terminal.findings import (
     span,
     time_word,
 )
-from longctx.terminal.format import percent, plain
+from longctx.terminal.format import number, percent, plain
 from longctx.terminal.limits import CARDS_HEAD, limits_parts
 from longctx.terminal.roofline import ROOFLINE_HEAD, has_roof, roofline_columns
 from longctx.terminal.tables import MODE_HEADS, Column, lightning_of
@@ -185,11 +185,8 @@ def _ratio_in_words(fields: Mapping[str, float | None]) -> str:
 
 
 def _figure(value: float | None, factor: float = 1.0) -> str:
-    number = positive(value)
-    if number is None:
-        return ""
-    number *= factor
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    found = positive(value)
+    return "" if found is None else number(found * factor)
 
 
 def markdown_text(value: object) -> str:

@@ -37,6 +37,22 @@ def test_duration(seconds, text: str) -> None:
     assert fmt.duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0802, "0.080x"),
+        (0.0819, "0.082x"),
+        (0.1019, "0.10x"),
+        (1.5, "1.50x"),
+        (0.0, "0.00x"),
+        (200.4, "200x"),
+        (None, "-"),
+    ],
+)
+def test_ratio(value, text: str) -> None:
+    assert fmt.ratio(value) == text
+
+
 def test_memory_and_rate() -> None:
     assert fmt.memory(3 << 30) == "3.00 GiB"
     assert fmt.memory(fmt.from_mib(64.0)) == "64.0 MiB"

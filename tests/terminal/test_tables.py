@@ -186,7 +186,7 @@ def test_the_ranking_breaks_between_entries(width: int) -> None:
     rows = [row(f"Block{i}", 1024, 0.001 * (i + 1)) for i in range(9)] + [row("Dense", 1024, 0.02)]
     lines = ranking_lines(rows, width).plain.splitlines()
     assert max(map(len, lines)) <= width
-    assert lines[0].startswith("1K  Block0 0.05x,")
+    assert lines[0].startswith("1K  Block0 0.050x,")
     assert all(re.match(r"    (Block\d|Dense) [\d.]+x", line) for line in lines[1:])
     assert " ".join(lines).count("x") == 10
 
