@@ -31,7 +31,7 @@ from longctx.terminal.findings import (
     span,
     time_word,
 )
-from longctx.terminal.format import number, percent, plain
+from longctx.terminal.format import number, percent, plain, ratio
 from longctx.terminal.limits import CARDS_HEAD, limits_parts
 from longctx.terminal.roofline import ROOFLINE_HEAD, has_roof, roofline_columns
 from longctx.terminal.tables import MODE_HEADS, Column, lightning_of
@@ -181,7 +181,8 @@ def _ratio_in_words(fields: Mapping[str, float | None]) -> str:
     value, low, high = fields.values()
     if value is None:
         return ""
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+    value, low, high = (quotient if quotient is None else ratio(quotient)[:-1] for quotient in (value, low, high))
+    return value if low is None or high is None else f"{value} ({low} to {high})"
 
 
 def _figure(value: float | None, factor: float = 1.0) -> str:
