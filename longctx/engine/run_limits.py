@@ -1,7 +1,7 @@
 """The longest context that fits: tries lengths in worker processes that may die of it. No torch here.
 
-One length is one run of the call and of its memory reading, untimed and unchecked. Whatever ends it is an answer: an
-out-of-memory error, the kernel's killer, a timeout. On a CPU a length that is predicted to need more than most of the
+One length is one run of the call and of its memory reading, untimed; the first one goes through the gate. Whatever ends
+it is an answer: an out-of-memory error, the kernel's killer, a timeout. On a CPU a length that is predicted to need more than most of the
 free memory is not tried: the machine has work besides.
 """
 
@@ -236,11 +236,12 @@ class _Search(Sweep):
         self.rows[cell] = row
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        job = self._job(cell, gate=False, timing=False, memory=True)
+        first = not any(row.ok for row in self._tried(cell).values())
+        job = self._job(cell, gate=first, timing=False, memory=True)
         worker = self.memory or self.timing or self._ready(memory=self.separate_memory)
         start = time.monotonic()
         found, worker = self._ask(worker, cell, job)
-        self.took[cell] = time.monotonic() - start
+        self.took[cell] = time.monotonic() - start - (found.get("gate_s") or 0.0)
         self.memory, self.timing = (worker, None) if self.separate_memory else (None, worker)
         return found
 

@@ -58,6 +58,18 @@ class Hangs(Plain):
         time.sleep(3600)
 
 
+class Renamed(nn.Module):
+    def forward(self, x):
+        return {"logits": x + 1}
+
+
+class Peeks(nn.Module):
+    causal = True
+
+    def forward(self, x):
+        return x + x.mean(1, keepdim=True)
+
+
 class Fails(Plain):
     end = 0
 
@@ -128,6 +140,16 @@ def test_whatever_ends_a_worker_is_an_answer_and_spares_the_others(mine, tmp_pat
     kinds = [type(event) for event in seen]
     assert kinds.count(CellStarted) == kinds.count(CellFinished) == len(rows)
     assert isinstance(seen[-1], SweepFinished) and seen[-1].complete
+
+
+def test_what_is_wrong_has_no_limit(mine, tmp_path):
+    rows = run_limits(mine("Renamed", "Peeks", "Plain"), config_of(tmp_path), resolution=0.5, max_length=4096)
+    found = {row.block_name: (row.sequence_length, row.status) for row in rows}
+    assert found == {"Renamed": (1024, "failed"), "Peeks": (1024, "wrong"), "Plain": (4096, "ok")}
+    by_name = {row.block_name: row for row in rows}
+    assert "returned dict" in by_name["Renamed"].error["message"]
+    assert "claims to be causal" in by_name["Peeks"].error["message"]
+    assert [row.gate is not None for row in rows if row.block_name == "Plain"] == [True, False, False]
 
 
 def test_a_search_goes_on_where_it_was_interrupted(mine, tmp_path):
