@@ -83,7 +83,8 @@ class LoadedBlock:
         y = self.call(x)
         if not isinstance(y, Tensor):
             raise WrongOutputError(
-                f"{self.name} returned {type(y).__name__}, not a tensor or a tuple that begins with one"
+                f"{self.name} returned {type(y).__name__}, not a tensor or a tuple that begins with one: "
+                "wrap it in a module whose forward returns its tensor"
             )
         if y.shape != x.shape:
             raise WrongOutputError(f"{self.name} returned shape {list(y.shape)} for an input of shape {list(x.shape)}")
