@@ -27,7 +27,7 @@ from torch import Tensor
 
 from longctx.ops.blade_composed import Composed, padded_states
 from longctx.ops.blade_table import at, rows_at
-from longctx.ops.launch import launch, launches_early
+from longctx.ops.launch import launch, launches_early, shared_memory
 
 MOST_PARTS = 256
 """Partials of a chunk that every program of `_attend` sums itself; more of them are summed beforehand, once."""
@@ -163,7 +163,7 @@ def large_tiles_fit(device: torch.device, head: int) -> bool:
     """Whether the device has the shared memory for large tiles of heads of this width."""
     if device.type != "cuda" or head > 64:
         return False
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 160 << 10
+    return shared_memory(device) >= 160 << 10
 
 
 @triton.jit

@@ -112,6 +112,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a GPU; 0 where torch does not know."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
 _alone = contextlib.nullcontext()
 _gpus = functools.cache(torch.cuda.device_count)
 _known_capability = functools.cache(torch.cuda.get_device_capability)

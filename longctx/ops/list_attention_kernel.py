@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longctx.ops.attention_tile import LN_2, LOG2_E, add, kept, load_rows, store_rows
 from longctx.ops.block_plan import BlockSparse, transposed_plan
-from longctx.ops.launch import capability, launch
+from longctx.ops.launch import capability, launch, shared_memory
 from longctx.ops.operators import differentiable
 from longctx.ops.window_attention_kernel import MOST_STRIDE
 
@@ -33,6 +33,8 @@ def fits(q: Tensor, k: Tensor, v: Tensor, sparse: BlockSparse) -> bool:
         and q.dtype == k.dtype == v.dtype
         and sparse.pattern.causal
         and sparse.pattern.block_size in (16, 32, 64, 128)
+        # Four of them lie in shared memory in the backward pass, of which small cards have 99 KiB.
+        and (sparse.pattern.block_size * q.shape[3] < 128 * 128 or shared_memory(q.device) >= 130 << 10)
         and q.shape[3] in (16, 32, 64, 128)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and max(q.stride(1), k.stride(2), v.stride(2)) < MOST_STRIDE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,29 @@ def kernel_case(*, device, dtype, start=0, length=1500, width=64, groups=2, head
         x[:, :, length:] = 0.0
         y[:, :, length:] = float("nan")  # which the kernels may not even hide behind a weight of zero
     return (*exact, sparse), (*(x.to(device) for x in (q, k, v)), there)
+
+
+@pytest.mark.skipif(kernel is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("size", "width", "fits"), [(64, 64, True), (64, 128, True), (128, 64, True), (128, 128, False)]
+)
+def test_a_card_of_little_shared_memory_leaves_large_blocks_of_wide_heads_to_torch(size, width, fits, monkeypatch):
+    def seen(shape):
+        return SimpleNamespace(
+            is_cuda=True,
+            device=None,
+            dtype=torch.bfloat16,
+            shape=shape,
+            stride=lambda axis: (1 << 20, width, width, 1)[axis],
+        )
+
+    sparse = SimpleNamespace(pattern=dataclasses.replace(CAUSAL, block_size=size))
+    tensors = [seen((1, size, 1, width))] * 3
+    monkeypatch.setattr(kernel, "capability", lambda device: (8, 9))
+    monkeypatch.setattr(kernel, "shared_memory", lambda device: 99 << 10)
+    assert kernel.fits(*tensors, sparse) == fits
+    monkeypatch.setattr(kernel, "shared_memory", lambda device: 227 << 10)
+    assert kernel.fits(*tensors, sparse)
 
 
 def visible_keys(sparse):
