@@ -1,8 +1,8 @@
 """The longest context that fits: tries lengths in worker processes that may die of it. No torch here.
 
 One length is one run of the call and of its memory reading, untimed; the first one goes through the gate. Whatever ends
-it is an answer: an out-of-memory error, the kernel's killer, a timeout. On a CPU a length that is predicted to need more
-than most of the free memory is not tried: the machine has work besides.
+it is an answer: an out-of-memory error, the kernel's killer, a timeout. On a CPU a length that is predicted to need
+more than most of the free memory is not tried: the machine has work besides.
 """
 
 from __future__ import annotations
