@@ -184,7 +184,9 @@ def share_of(partials, item, tile, count, tiles, SHARES: tl.constexpr, PAD: tl.c
     part = tl.zeros((PAD,), tl.float32)
     for share in tl.static_range(SHARES):
         other = tile + share * tiles
-        part += tl.load(partials + (item * count + other) * PAD + tl.arange(0, PAD), mask=other < count, other=0.0)
+        # Of a vector: Triton 3.9's interpreter takes no scalar for a mask.
+        there = tl.full((PAD,), other, tl.int32) < count
+        part += tl.load(partials + (item * count + other) * PAD + tl.arange(0, PAD), mask=there, other=0.0)
     return part
 
 
