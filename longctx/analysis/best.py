@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from longctx.analysis.ranking import ratio_over_rounds
+from longctx.analysis.ranking import SAME, Ranked, level_with_first
 from longctx.analysis.series import METRICS
 from longctx.analysis.statistics import positive
 from longctx.analysis.summary import rankings
@@ -13,10 +13,6 @@ from longctx.results import BenchmarkResult
 
 REFERENCE = "Identity"
 """It does not mix, so it is no choice."""
-SAME = 1.01
-"""Figures closer than this are the same to a choice."""
-LEVEL = 1.10
-"""Rounds that contradict each other make blocks level up to this ratio; beyond it they make them only unsure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +33,18 @@ def best_blocks(results: Iterable[BenchmarkResult]) -> list[Best]:
     """One entry for every length and setting at which two blocks can be compared."""
     found = []
     for ranking in rankings(results):
-        rows = [ranked.result for ranked in ranking.rows if ranked.result.block_name != REFERENCE]
-        if len(rows) < 2:
+        choices = [ranked for ranked in ranking.rows if ranked.result.block_name != REFERENCE]
+        if len(choices) < 2:
             continue
+        rows = [ranked.result for ranked in choices]
         found.append(
             Best(
                 length=ranking.length,
                 setting=ranking.setting,
-                time=_names(_fastest(rows)),
+                time=_names(level_with_first(rows)),
                 memory=_names(_least(rows, METRICS["memory"].value)),
                 energy=_names(_least(rows, lambda r: positive(r.joules_per_token))),
-                pareto=_names(_undominated(rows)),
+                pareto=_names(_undominated(choices)),
             )
         )
     return found
@@ -57,25 +54,15 @@ def _names(rows: Iterable[BenchmarkResult]) -> list[str]:
     return list(dict.fromkeys(str(row.block_name) for row in rows))
 
 
-def _fastest(rows: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
-    """The first of a ranking, and those that the rounds do not tell from it."""
-    first, *others = rows
-    level = [first]
-    for row in others:
-        ratio = ratio_over_rounds(row, first)
-        if ratio and (ratio.value < SAME or (ratio.value < LEVEL and ratio.rounds > 1 and ratio.low < 1)):
-            level.append(row)
-    return level
-
-
 def _least(rows: Sequence[BenchmarkResult], value: Callable[[BenchmarkResult], float | None]) -> list[BenchmarkResult]:
     known = sorted(((found, i) for i, row in enumerate(rows) if (found := value(row)) is not None))
     return [rows[i] for found, i in known if found <= SAME * known[0][0]]
 
 
-def _undominated(rows: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
-    figures = [(row, positive(row.time_s), METRICS["memory"].value(row)) for row in rows]
-    known = sorted(((row, time, peak) for row, time, peak in figures if time and peak), key=lambda k: k[1])
+def _undominated(choices: Sequence[Ranked]) -> list[BenchmarkResult]:
+    """By what the ranking goes by, fastest first."""
+    figures = [(ranked.result, ranked.figure, METRICS["memory"].value(ranked.result)) for ranked in choices]
+    known = [(row, time, peak) for row, time, peak in figures if peak]
 
     def beaten(time: float, peak: float) -> bool:
         return any(t <= time and p <= peak and (time > SAME * t or peak > SAME * p) for _, t, p in known)

@@ -48,6 +48,9 @@ class Memory:
     word: str
 
 
+_BEYOND = "the interval reaches beyond the guard"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellComparison:
     """One cell of both sides.
@@ -80,6 +83,12 @@ class CellComparison:
     def regression(self) -> bool:
         """Slower, no longer ok, or more memory."""
         return self.verdict == "slower" or self.no_longer_ok or bool(self.memory and self.memory.word == MORE)
+
+    @property
+    def more_rounds_help(self) -> bool:
+        """Whether more rounds may settle it: they do not take away what two runs of one code differ by."""
+        few = any(pool is None or len(pool.rounds) < FEWEST_ROUNDS for pool in (self.base, self.new))
+        return few or self.reason.startswith(_BEYOND)
 
     @property
     def warnings(self) -> list[str]:
@@ -254,7 +263,7 @@ def _why_not_shifted(base: Sequence[float], new: Sequence[float], ratio: float, 
     """Why `ratio` is no proof of a shift, or nothing if it is. Logarithms are weighed: twice is as far as half."""
     size = abs(math.log(ratio))
     if size <= math.log1p(guard):
-        return f"the interval reaches beyond the guard of {guard * 100:g}%"
+        return f"{_BEYOND} of {guard * 100:g}%"
     if max(base) >= min(new) and max(new) >= min(base):
         return "rounds of one side lie among those of the other"
     spreads = [math.log(max(side) / min(side)) for side in (base, new)]

@@ -12,7 +12,7 @@ from longctx.analysis.laws import Law
 from longctx.analysis.ranking import BASE
 from longctx.analysis.series import METRICS
 from longctx.analysis.settings import by_mode, in_words, setting, varying
-from longctx.analysis.summary import FRAME, headline, longest_ranking
+from longctx.analysis.summary import FRAME, Ranking, headline, longest_ranking, rankings
 from longctx.results import BenchmarkResult
 
 MOST_SETTINGS = 6
@@ -73,6 +73,8 @@ def sentences(
     winner = next((g for g in found if any(row is mixing[0] for row in g.curve.rows.values())), None)
     if winner is not None:
         crossing = next((c for c in crossings if c.a == winner.curve.name), None)
+        if not any(row.result.block_name == BASE for row in last.rows):
+            said += filter(None, [_where_both_were(results, last, winner.curve.block)])
         said += [text for text in (_crossing(crossing), _growing(winner, found, BASE)) if text]
     lean = next((b for b in best if b.length == last.length and b.setting == last.setting), None)
     leaner = _memory([row.result for row in last.rows], lean) if lean else None
@@ -114,19 +116,31 @@ def _crossing(crossing: Crossover | None) -> str | None:
     if crossing is None or crossing.at is None or not crossing.faster_after:
         return None
     words = [] if crossing.low is None else [f"95%: {about_range(crossing.low, crossing.high)}"]
-    words += ["of one round"] if crossing.is_of_one_process else []
+    words += ["of one round"] if crossing.one_round else []
     range_ = f" ({', '.join(words)})" if words else ""
     if crossing.extrapolated:
         return f"Its law would have it overtake {BASE} at about {about(crossing.at)} tokens{range_}, beyond the range."
     return f"It overtakes {BASE} at about {about(crossing.at)} tokens{range_}."
 
 
+def _where_both_were(results: Sequence[BenchmarkResult], last: Ranking, block: str) -> str | None:
+    """How the block and Dense compare at the longest length that Dense reached, if that is not the last one."""
+    for ranking in reversed(rankings(results)):
+        found = {row.result.block_name: row.ratio for row in ranking.rows} if ranking.setting == last.setting else {}
+        if BASE in found and found.get(block):
+            value = found[block].value
+            than = f"{1 / value:.2f}x faster than" if value < 1 else f"at {value:.2f}x the time of"
+            return f"At {ranking.length:,}, the longest that {BASE} has here, it is {than} {BASE}."
+    return None
+
+
 def _growing(winner: Growth, found: Sequence[Growth], base: str) -> str | None:
     """How the winner's time and Dense's grow. A local slope says over which range, and claims no more."""
     dense = next((g for g in found if g.curve.block == base and g.curve.setting == winner.curve.setting), None)
     if winner.time is None:
-        if winner.said and "launch" in winner.said:
-            text = "Most of its times are those of launching kernels, so they do not say how it grows"
+        if winner.said.endswith("launch-bound"):
+            part = {"mostly": "Most", "partly": "Some"}.get(winner.said.split()[0], "All")
+            text = f"{part} of its times are those of launching kernels, so they do not say how it grows"
             return text + (f"; add {_listed(winner.missing)}." if winner.missing else ".")
         return None
     text = f"The time of {winner.curve.block} grows as {_exponent(winner.time)}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from longctx.analysis.curves import Curve, Growth, base_curve
 from longctx.analysis.laws import K_HIGH, K_LOW, Law, profile
+from longctx.analysis.matching import device_kind
 from longctx.analysis.noise import median_factor, student
 from longctx.analysis.ranking import BASE
 from longctx.analysis.statistics import positive
@@ -17,10 +18,14 @@ from longctx.analysis.statistics import positive
 REACH = 8
 """An extrapolation goes no further than this many times the longest length."""
 LEVEL = 0.02
-"""Without rounds to tell, a difference below this share is none."""
+"""Without samples to tell, a difference below this share is none."""
+UNSEEN = {"cpu": 0.10, "cuda": 0.05}
+"""How far apart two processes may be, of which a single round knows nothing, by kind of device."""
 NEAR = 0.10
 """What noise hides is called level up to this share."""
 DRAWS = 400
+GRID = 200
+"""Parts of a stretch between two lengths, in which its crossing is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +53,13 @@ class Crossover:
     launch_bound: bool = False
     """Whether up to the crossing one of them waits for its launches: another host would move it."""
     one_round: bool = False
-    """Whether no length has two rounds of both: the interval then knows nothing of how far processes are apart."""
+    """Whether no length has two rounds of both: the interval then only supposes how far processes are apart."""
+    told: tuple[int, ...] = ()
+    """Lengths at which one of the two is faster beyond the noise."""
     untold: tuple[int, ...] = ()
     """Lengths at which the noise hides which of the two is faster."""
     reason: str = ""
     """Why nothing is said of the lengths beyond the range."""
-
-    @property
-    def is_of_one_process(self) -> bool:
-        """Whether another process may move it out of its interval: launches differ more from one to the next than
-        within one."""
-        return self.launch_bound and self.one_round
 
     @property
     def extrapolated(self) -> bool:
@@ -79,24 +80,33 @@ def against_base(found: Sequence[Growth], base: str = BASE) -> list[Crossover]:
 def crossover(a: Growth, b: Growth) -> Crossover:
     """Where a's time crosses b's: by log-time over log-length between measured lengths, by their laws beyond.
 
-    A sign counts where the same-round ratios of that length, with the scatter pooled over lengths, exclude 1.
+    A sign counts where the same-round ratios of that length exclude 1, with the scatter pooled over the lengths that
+    are launch-bound and over those that are not. As each of many lengths may be told wrongly, each has its share of
+    the 5% that all may.
     """
     names = {"a": a.curve.name, "b": b.curve.name}
-    points, half, rounds = _log_ratios(a.curve, b.curve)
-    if not points:
+    logs = _log_ratios(a.curve, b.curve)
+    if not logs:
         return Crossover(**names, verdict="none", reason="no length in common")
+    points = [(t, statistics.median(values)) for t, values in logs.items()]
     lengths = [t for t, _ in points]
-    names |= {"shortest": lengths[0], "longest": lengths[-1], "one_round": rounds < 2}
-    margin = half if half is not None else math.log1p(LEVEL)
-    signs = [0 if abs(value) <= margin else (1 if value > 0 else -1) for _, value in points]
+    one_round = max(map(len, logs.values())) < 2
+    names |= {"shortest": lengths[0], "longest": lengths[-1], "one_round": one_round}
+    noise = _supposed(a.curve, b.curve, lengths) if one_round else _seen(logs, {*a.curve.bound, *b.curve.bound})
+    margins = noise.halves(0.05 / len(points)) if noise else [math.log1p(LEVEL)] * len(points)
+    signs = [
+        0 if abs(value) <= margin else math.copysign(1, value)
+        for (_, value), margin in zip(points, margins, strict=True)
+    ]
     told = [i for i, sign in enumerate(signs) if sign]
-    names["untold"] = tuple(t for t, sign in zip(lengths, signs, strict=True) if not sign)
+    names["told"] = tuple(lengths[i] for i in told)
+    names["untold"] = tuple(t for t in lengths if t not in names["told"])
     if not told:
         near = all(abs(value) <= math.log1p(NEAR) for _, value in points)
         return Crossover(**names, verdict="level" if near else "noisy")
     changes = [(i, j) for i, j in pairwise(told) if signs[i] != signs[j]]
     if changes:
-        at, low, high = _inside(points, changes[-1], half)
+        at, low, high = _inside(points, changes[-1], noise.halves(0.05) if noise else None)
         after = signs[changes[-1][1]] < 0
         before = lengths[changes[-1][0]]
         bound = before in a.curve.bound or before in b.curve.bound
@@ -107,31 +117,59 @@ def crossover(a: Growth, b: Growth) -> Crossover:
     return _beyond(a.time, b.time, names, slower=slower)
 
 
-def _log_ratios(a: Curve, b: Curve) -> tuple[list[tuple[int, float]], float | None, int]:
-    """(length, log of a's time over b's) at the lengths of both, the half width of their 95% interval, and the most
-    rounds that both have of one length.
+def _log_ratios(a: Curve, b: Curve) -> dict[int, list[float]]:
+    """Length -> log of a's time over b's in each round of both, at the lengths of both; of records without rounds, of
+    the whole.
 
     Launch-bound or not: a crossing of times is one whatever bounds them.
     """
     times_a, times_b = a.values("time"), b.values("time")
-    points, deviations, df, share, rounds = [], 0.0, 0, [], 0
+    found = {}
     for t in sorted(set(times_a) & set(times_b)):
-        logs = _paired(a.rows[t].samples, b.rows[t].samples)
-        rounds = max(rounds, len(logs))
-        whole = math.log(times_a[t] / times_b[t])
-        points.append((t, statistics.median(logs) if logs else whole))
-        if len(logs) > 1:
-            mean = statistics.fmean(logs)
-            deviations += sum((value - mean) ** 2 for value in logs)
-            df += len(logs) - 1
-            share.append(median_factor(len(logs)) / len(logs))
-    if df:
-        return points, student(df) * math.sqrt(deviations / df * statistics.fmean(share)), rounds
-    # One round: the samples' scatter, as far as it goes.
-    variances = [v for curve in (a, b) for t, _ in points if (v := _sample_variance(curve.rows[t].samples)) is not None]
-    if not points or len(variances) < 2 * len(points):
-        return points, None, rounds
-    return points, 1.96 * math.sqrt(2 * statistics.fmean(variances)), rounds
+        found[t] = _paired(a.rows[t].samples, b.rows[t].samples) or [math.log(times_a[t] / times_b[t])]
+    return found
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Of each length in order: the standard error of its log ratio, and its degrees of freedom. least: how far off
+    every ratio may be in any case."""
+
+    errors: list[tuple[float, int]]
+    least: float = 0.0
+
+    def halves(self, outside: float) -> list[float]:
+        """Half of the interval that leaves `outside` beyond it, of each length."""
+        return [max(student(df, outside) * error, self.least) for error, df in self.errors]
+
+
+def _seen(logs: Mapping[int, Sequence[float]], bound: Container[int]) -> _Noise:
+    """As the rounds are apart: where launches decide, hosts make noise that the other lengths know nothing of."""
+
+    def pooled(lengths: Sequence[int]) -> tuple[float, int]:
+        many = [logs[t] for t in lengths if len(logs[t]) > 1]
+        df = sum(len(values) - 1 for values in many)
+        if not df:
+            return math.inf, 1
+        variance = sum(statistics.variance(values) * (len(values) - 1) for values in many) / df
+        return math.sqrt(variance * statistics.fmean(median_factor(len(values)) / len(values) for values in many)), df
+
+    groups = {kind: pooled([t for t in logs if (t in bound) == kind]) for kind in (True, False)}
+    together = pooled(list(logs))
+    # The quieter ones are at least as sure as all are together.
+    quiet = {kind: [group, together] if group[0] <= together[0] else [group] for kind, group in groups.items()}
+    return _Noise([min(quiet[t in bound], key=lambda one: student(one[1]) * one[0]) for t in logs])
+
+
+def _supposed(a: Curve, b: Curve, lengths: Sequence[int]) -> _Noise | None:
+    """Of one round: the samples' scatter as far as it goes, and what may lie between processes."""
+    variances = [v for curve in (a, b) for t in lengths if (v := _sample_variance(curve.rows[t].samples)) is not None]
+    if len(variances) < 2 * len(lengths):
+        return None
+    error = math.sqrt(2 * statistics.fmean(variances))
+    kinds = {device_kind(curve.rows[t]) for curve in (a, b) for t in lengths}
+    unseen = max(UNSEEN.get(kind, UNSEEN["cpu"]) for kind in kinds)
+    return _Noise([(error, 1000)] * len(lengths), least=math.log1p(unseen))
 
 
 def _paired(ours: object, theirs: object) -> list[float]:
@@ -154,7 +192,7 @@ def _sample_variance(samples: object) -> float | None:
 
 
 def _inside(
-    points: Sequence[tuple[int, float]], change: tuple[int, int], half: float | None
+    points: Sequence[tuple[int, float]], change: tuple[int, int], halves: Sequence[float] | None
 ) -> tuple[float, float | None, float | None]:
     """(crossing, low, high) between the two points of `change`, whose signs differ.
 
@@ -165,15 +203,18 @@ def _inside(
     first = points[start][1] > 0
     step = next(i for i in range(start + 1, stop + 1) if (points[i][1] > 0) != first)
     at = _between(points[step - 1], points[step])
-    if half is None:
+    if halves is None:
         return at, None, None
     unsure = [at]
     for i in range(start, stop):
         (left, g_left), (right, g_right) = points[i], points[i + 1]
         bend = max((abs(_second(points, j)) for j in (i, i + 1)), default=0.0) * math.log(right / left) ** 2 / 2
-        for share in range(201):
-            w = share / 200
-            if abs((1 - w) * g_left + w * g_right) <= half * math.hypot(1 - w, w) + bend * w * (1 - w):
+        # A step of the grid belongs to it: it may be all that an exact one has.
+        step_width = abs(g_right - g_left) / GRID
+        for share in range(GRID + 1):
+            w = share / GRID
+            noise = math.hypot((1 - w) * halves[i], w * halves[i + 1])
+            if abs((1 - w) * g_left + w * g_right) <= noise + bend * w * (1 - w) + step_width:
                 unsure.append(math.exp((1 - w) * math.log(left) + w * math.log(right)))
     return at, min(unsure), max(unsure)
 
@@ -228,8 +269,7 @@ def _drawn(first: Law, second: Law, longest: float) -> list[float]:
     import numpy as np
 
     generator = np.random.default_rng(0)
-    grid = np.linspace(K_LOW, K_HIGH, 200)
-    times = longest * np.logspace(-1, math.log10(REACH**2), 500)
+    times = longest * np.logspace(-1, math.log10(REACH**2), 2000)
     sides = []
     for law in (first, second):
         t = np.array([length for length, _ in law.points], dtype=float)
@@ -239,6 +279,9 @@ def _drawn(first: Law, second: Law, longest: float) -> list[float]:
         noise = law.noise * student(law.count) / 1.96
         y = fitted * np.exp(generator.normal(0.0, noise, (DRAWS, t.size)))
         if law.floor:
+            # As fine as the exponent is known.
+            reach = 2 * max(law.high - law.exponent, law.exponent - law.low, 1e-3)
+            grid = np.linspace(max(K_LOW, law.exponent - reach), min(K_HIGH, law.exponent + reach), 201)
             rss, floor, factor = profile(t / scale, y, grid)
             best, rows = np.argmin(rss, axis=1), np.arange(DRAWS)
             k, a, b = grid[best], floor[rows, best], factor[rows, best]

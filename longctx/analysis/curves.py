@@ -81,11 +81,17 @@ def growth(curve: Curve) -> Growth:
     times, bound = curve.values("time"), curve.bound
     samples = {t: row.samples for t, row in curve.rows.items()}
     time = fit(times, samples, bound=bound, failed=curve.failed)
-    memory = fit(curve.values("memory"), failed=curve.failed)
+    peaks = curve.values("memory")
+    memory = fit(peaks, failed=curve.failed)
+    if memory and time and not (memory.is_law or time.is_law):
+        # Slopes of one line of a table are of the same lengths.
+        memory = fit({t: peak for t, peak in peaks.items() if time.shortest <= t <= time.longest}, failed=curve.failed)
     said, missing = "", time.missing if time else ()
     if time is None and times:
         missing = missing_lengths(sorted(times), bound=bound, failed=curve.failed) if len(times) > 1 else ()
-        said = "launch-bound" if set(bound) >= set(times) else "mostly launch-bound" if bound else "one length"
+        free = len(set(times) - set(bound))
+        part = "" if not free else "mostly " if 2 * free < len(times) else "partly "
+        said = f"{part}launch-bound" if bound else "one length"
     return Growth(curve=curve, time=time, memory=memory, said=said, missing=missing)
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEAST_LENGTHS, LEAST_SPAN = 5, 16
+UNSEEN = 0.02
+"""Relative standard deviation between processes, of which a single round knows nothing."""
 LEAST_FREE = 3
 """Lengths at which the work, not the launching, takes the time: fewer give no law."""
 K_LOW, K_HIGH = 0.02, 4.0
@@ -159,6 +161,12 @@ def _fit_law(points: Mapping[int, float], samples: Mapping[int, list[list[float]
 
     variance, df = pooled(least, n - 3, point_variance(lengths, samples))
     margin = variance * student(df) ** 2
+    flat = float(n - np.sum(1 / y) ** 2 / np.sum(1 / y**2))
+    if flat - least <= margin:
+        # Nothing that grows: a factor of nothing would fit any exponent.
+        alone = _slope(points, samples, ())
+        if alone.word == "constant":
+            return dataclasses.replace(alone, is_law=True)
     # A floor that the points do not show is left out: it would only add its own error to the exponent.
     floorless = least0 - least <= variance * min(student(df) ** 2, 4.0)
     best = k0 if floorless else k
@@ -261,7 +269,8 @@ def _slope(points: Mapping[int, float], samples: Mapping[int, list[list[float]]]
     known = point_variance(lengths, samples)
     # A bend of the curve is no noise: how far off the points lie counts only where no round tells the noise.
     if known:
-        variance, df = max(known[0], LEAST_NOISE**2), known[1]
+        unseen = UNSEEN if max(len(samples.get(t, [])) for t in lengths) == 1 else LEAST_NOISE
+        variance, df = max(known[0], unseen**2), known[1]
     elif len(lengths) >= 4:
         df = len(lengths) - 2
         variance = max(rest / df, LEAST_NOISE**2)

@@ -5,6 +5,7 @@ Relative, on logarithms: a figure may be of any unit. Where rounds are few, what
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -88,10 +89,30 @@ def pooled(least: float, df: int, known: tuple[float, int] | None) -> tuple[floa
     return (least + variance * known[1]) / (df + known[1]), df + known[1]
 
 
-def student(df: int) -> float:
-    """The two-sided 95% quantile of Student's t."""
-    known = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    return known[df - 1] if 1 <= df <= len(known) else 1.96 + 2.37 / df + 3.0 / df**2
+@functools.cache
+def student(df: int, outside: float = 0.05) -> float:
+    """The two-sided quantile of Student's t that leaves `outside` beyond it."""
+    df = min(df, 1000)  # further ones are normal to three digits
+    low, high = 0.0, 1.0
+    while _within(high, df) < 1 - outside:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, df) < 1 - outside else (low, middle)
+    return high
+
+
+def _within(t: float, df: int) -> float:
+    """The probability that Student's t lies within -t to t (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(df))
+    cosine, odd = math.cos(angle), df % 2
+    term = total = cosine if odd else 1.0
+    for step in range(2 + odd, df - 1, 2):
+        term *= cosine**2 * (step - 1) / step
+        total += term
+    if odd:
+        return 2 / math.pi * (angle + (math.sin(angle) * total if df > 1 else 0.0))
+    return math.sin(angle) * total
 
 
 def chi2(df: int, z: float) -> float:

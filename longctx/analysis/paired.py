@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longctx.analysis.settings import in_words, setting, varying
-from longctx.analysis.statistics import median_ci95, positive
+from longctx.analysis.statistics import median_ci95, middle_ratio, positive
 from longctx.config import AGAINST_ROUNDS
 from longctx.results import BenchmarkResult
 
@@ -109,7 +109,7 @@ def judge_samples(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[flo
     return Paired(
         verdict=verdict,
         reason=reason,
-        ratio=statistics.median(rounds),
+        ratio=middle_ratio(rounds),
         low=low,
         high=high,
         confidence=confidence,
@@ -132,7 +132,7 @@ def _verdict(rounds: Sequence[float], low: float, high: float, guard: float) -> 
     if 1 / (1 + guard) <= low and high <= 1 + guard:
         return "same", None
     # The same distance either way: as many times faster as slower.
-    middle = statistics.median(rounds)
+    middle = middle_ratio(rounds)
     slower = middle > 1
     middle, near = (middle, low) if slower else (1 / middle, 1 / high)
     if middle - 1 <= guard:

@@ -7,11 +7,11 @@ of a round share (clocks, neighbours), so they are steadier than the times thems
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from longctx.analysis.settings import setting
-from longctx.analysis.statistics import positive
+from longctx.analysis.statistics import middle_ratio, positive
 from longctx.results import BenchmarkResult
 
 BASE = "Dense"
@@ -44,7 +44,7 @@ def ratio_over_rounds(result: BenchmarkResult, base: BenchmarkResult) -> Ratio |
     ]
     ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
     if ratios:
-        return Ratio(value=statistics.median(ratios), low=min(ratios), high=max(ratios), rounds=len(ratios))
+        return Ratio(value=middle_ratio(ratios), low=min(ratios), high=max(ratios), rounds=len(ratios))
     ours, theirs = positive(result.time_s), positive(base.time_s)
     if ours is None or theirs is None:
         return None
@@ -84,11 +84,13 @@ def ratio_to(result: BenchmarkResult, results: Iterable[BenchmarkResult], name: 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked:
-    """A row of a ranking. place counts from 1; ratio is against the base, None where there is none."""
+    """A row of a ranking. place counts from 1; ratio is against the base, None where there is none. figure: what the
+    rows of the ranking go by."""
 
     place: int
     result: BenchmarkResult
     ratio: Ratio | None
+    figure: float = 0.0
 
 
 def rank(results: Iterable[BenchmarkResult], length: int, *, base: str = BASE) -> list[Ranked]:
@@ -99,8 +101,27 @@ def rank(results: Iterable[BenchmarkResult], length: int, *, base: str = BASE) -
     rows = [r for r in results if r.sequence_length == length and r.ok and positive(r.time_s)]
     bases = [base_of(row, rows, base) for row in rows]
     pairs = [(row, ratio_over_rounds(row, other) if other else None) for row, other in zip(rows, bases, strict=True)]
-    if all(found for _, found in pairs) and len({id(other) for other in bases}) == 1:
-        pairs.sort(key=lambda pair: pair[1].value)
-    else:
-        pairs.sort(key=lambda pair: pair[0].time_s / max(1, pair[0].batch_size))
-    return [Ranked(place=place, result=row, ratio=found) for place, (row, found) in enumerate(pairs, start=1)]
+    by_ratio = all(found for _, found in pairs) and len({id(other) for other in bases}) == 1
+    figures = [found.value if by_ratio else row.time_s / max(1, row.batch_size) for row, found in pairs]
+    order = sorted(range(len(pairs)), key=figures.__getitem__)
+    return [
+        Ranked(place=place, result=pairs[i][0], ratio=pairs[i][1], figure=figures[i])
+        for place, i in enumerate(order, start=1)
+    ]
+
+
+SAME = 1.01
+"""Figures closer than this are the same to a choice."""
+LEVEL = 1.10
+"""Rounds that contradict each other make blocks level up to this ratio; beyond it they make them only unsure."""
+
+
+def level_with_first(rows: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:
+    """The first of a ranking's rows, and those that the rounds do not tell from it."""
+    first, *others = rows
+    level = [first]
+    for row in others:
+        found = ratio_over_rounds(row, first)
+        if found and (found.value < SAME or (found.value < LEVEL and found.rounds > 1 and found.low < 1)):
+            level.append(row)
+    return level

@@ -209,7 +209,7 @@ class _Names:
 
     def __init__(self, results: Sequence[BenchmarkResult], x: XAxis = LENGTH) -> None:
         # A row that failed early does not know all of its traits, and differs in nothing for that.
-        self.axes = without(varying(results, unknown=False), ("device", x.name))
+        self.axes = without(varying(results, unknown=False), (x.name,))
         self.x, self.lengths = x, {row.sequence_length for row in results}
         options = differing_options(results)
         self.options = {block: [name for name in names if name != x.name] for block, names in options.items()}

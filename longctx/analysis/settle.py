@@ -32,11 +32,12 @@ class Command:
 def settling(comparison: Comparison) -> list[Command]:
     """What to run, for all inconclusive cells together: one command a file, none where no command is recorded.
 
-    A side that has rounds enough is asked for twice as many when the other has enough too.
+    A side that has rounds enough is asked for twice as many when the other has enough too. None for a cell that more
+    rounds would leave where it is.
     """
     wanted: dict[tuple[str, str, str], int] = {}
     for cell in comparison.cells:
-        if cell.verdict != "inconclusive":
+        if cell.verdict != "inconclusive" or not cell.more_rounds_help:
             continue
         sides = {"base": cell.base, "new": cell.new}
         enough = all(len(pool.rounds) >= FEWEST_ROUNDS for pool in sides.values())

@@ -69,6 +69,11 @@ def median_ci95(values: Iterable[float]) -> list[float] | None:
     return [values[rank - 1], values[-rank]] if rank else None
 
 
+def middle_ratio(ratios: Iterable[float]) -> float:
+    """The median of ratios, of two in the middle their geometric mean: the inverse of that of the inverse ratios."""
+    return math.exp(statistics.median(map(math.log, ratios)))
+
+
 def relative_half_width(values: Iterable[float]) -> float | None:
     """Half the 95% interval of the median over the median. None under 6 samples or at median 0."""
     values = list(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from longctx.analysis.ranking import BASE, Ranked, comparable, rank
+from longctx.analysis.ranking import BASE, Ranked, comparable, level_with_first, rank
 from longctx.analysis.scaling import LocalSlope, fit_slope
 from longctx.analysis.series import METRICS, collect
 from longctx.analysis.settings import in_words, varying
@@ -101,7 +101,10 @@ def headline(
     best = rows[0]
     place = f"{'After' if best.result.mode == 'decode' else 'At'} {last.length:,} tokens"
     place += f", {where}," if where else ""
-    sentence = f"{place} {best.result.block_name} is the fastest mixing block"
+    level = list(dict.fromkeys(str(row.block_name) for row in level_with_first([row.result for row in rows])))
+    sentence = f"{place} {level[0]} is the fastest mixing block"
+    if len(level) > 1:
+        sentence = f"{place} {', '.join(level[:-1])} and {level[-1]} are level, the fastest mixing blocks"
     if best.ratio and dense:
         value = best.ratio.value
         unsure = any(row is best.result for row in untold) and not 0.98 <= value <= 1.02
@@ -111,7 +114,7 @@ def headline(
                 sentence = f"{place} {BASE} is ahead of every other block, {said} not tell it from the next, "
                 sentence += str(best.result.block_name)
             else:
-                sentence += f", {said} not tell it from {BASE}"
+                sentence += f", {said} not tell {'it' if len(level) == 1 else level[0]} from {BASE}"
         elif value < 0.98:
             sentence += f", {1 / value:.2f}x faster than {BASE}"
         elif value > 1.02:

@@ -12,6 +12,9 @@ from longctx.analysis.statistics import is_unstable, median, median_ci95, round_
 from longctx.config import Cell
 from longctx.results import BenchmarkResult
 
+FEWEST_SAMPLES = 6
+"""Fewer do not hold their median with 95%."""
+
 _NAMES = {field.name for field in dataclasses.fields(BenchmarkResult)}
 
 
@@ -92,15 +95,31 @@ def _add_bare(row: BenchmarkResult, bare: list[float]) -> None:
     said["overhead_share"] = statistics.median(1 - median(plain) / median(ours) for ours, plain in pairs)
 
 
+def _interval(rounds: list[list[float]]) -> list[float] | None:
+    """[low, high] around the time, None under 6 samples.
+
+    Of one round the 95% interval of its median, of six and more that of the rounds' medians. With fewer nothing reaches
+    95%: it then goes from the lowest end of a round's interval to the highest, of a round of few samples its ends.
+    """
+    if of_rounds := median_ci95(map(statistics.median, rounds)):
+        return of_rounds
+    if sum(map(len, rounds)) < FEWEST_SAMPLES:
+        return None
+    ends = [median_ci95(values) or [min(values), max(values)] for values in rounds]
+    return [min(low for low, _ in ends), max(high for _, high in ends)]
+
+
 def _derive(row: BenchmarkResult, cell: Cell) -> None:
     """The figures that follow from all samples of all rounds."""
     samples = [value for values in row.samples for value in values]
     if samples:
-        row.forward_time_mean = statistics.fmean(samples)
+        # A round of many samples counts as much as one of few.
+        rounds = [values for values in row.samples if values]
+        row.forward_time_mean = statistics.fmean(map(statistics.fmean, rounds))
         row.forward_time_std = statistics.stdev(samples) if len(samples) > 1 else None
         row.forward_time_min, row.forward_time_max = min(samples), max(samples)
         row.forward_time_median = round_median(row.samples)
-        row.forward_time_ci95 = median_ci95(samples)
+        row.forward_time_ci95 = _interval(rounds)
         row.throughput_tokens_per_sec = cell.tokens / row.forward_time_mean
         if (share := median(row.forward_shares)) is not None:
             row.forward_part_s = share * row.forward_time_median

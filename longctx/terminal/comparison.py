@@ -211,10 +211,18 @@ def settle_lines(comparison: Comparison) -> list[str]:
         return []
     lines = [f"inconclusive: {_few(places)}: {reason}" for reason, places in reasons.items()]
     commands = settling(comparison)
-    if not commands:
-        return [*lines, "To settle it, measure both sides with `longctx sweep --rounds 5` or more."]
-    lines.append("To settle it, each side with the code and on the machine that it was made with:")
-    return lines + [f"  {fmt.plain(command.text)}" for command in commands]
+    if commands:
+        lines.append("To settle it, each side with the code and on the machine that it was made with:")
+        lines += [f"  {fmt.plain(command.text)}" for command in commands]
+    open_cells = [cell for cell in comparison.cells if cell.verdict == "inconclusive"]
+    if not all(cell.more_rounds_help for cell in open_cells):
+        lines.append(
+            "More rounds do not take away what two runs differ by: `longctx sweep --blocks NEW --against BASE` "
+            "measures both in turns."
+        )
+    elif not commands:
+        lines.append("To settle it, measure both sides with `longctx sweep --rounds 5` or more.")
+    return lines
 
 
 # -- for other programs --------------------------------------------------------------------------------------------

@@ -116,16 +116,16 @@ def crossing_line(crossing: Crossover) -> str:
     if crossing.verdict == "below":
         text = f"{a}: always below {b}, {span_}"
         if crossing.untold:
-            text = f"{a}: below {b} within {span_}, too noisy to tell at {_places(crossing.untold)}"
+            text = f"{a}: below {b} at {_places(crossing.told)}, too noisy to tell at {_places(crossing.untold)}"
     elif crossing.verdict == "above":
         text = f"{a}: never below {b} within {span_}"
         if crossing.untold:
-            text = f"{a}: above {b} within {span_}, too noisy to tell at {_places(crossing.untold)}"
+            text = f"{a}: above {b} at {_places(crossing.told)}, too noisy to tell at {_places(crossing.untold)}"
         return text + (f"; beyond: {crossing.reason}" if crossing.reason else "")
     else:
         word = "faster" if crossing.faster_after else "slower"
         text = f"{a}: {word} than {b} from {about(crossing.at)} on"
-        rounds = ", of one round" if crossing.is_of_one_process else ""
+        rounds = ", of one round" if crossing.one_round else ""
         text += rounds if crossing.low is None else f" (95% {about_range(crossing.low, crossing.high)}{rounds})"
         if crossing.extrapolated:
             text += f", extrapolated beyond {span_}"

@@ -13,6 +13,7 @@ from longctx.analysis.settle import settling, with_rounds
 from longctx.analysis.shift import interval_rank, shift_between
 from longctx.errors import LongctxError, UsageError
 from longctx.results import BenchmarkResult
+from longctx.terminal.comparison import settle_lines
 
 CPU = {"cpu": "A processor", "device": "cpu", "threads": 2, "torch": "2.13.0", "flags": {"tf32_matmul": False}}
 GPU = CPU | {"gpu": "A card", "device": "cuda:0"}
@@ -343,6 +344,13 @@ def test_a_side_that_lacks_rounds_is_measured_on():
     (found,) = settling(compare(files, {"r/c.json": [enough]}))
     assert found.text == f"{command} --rounds 5 --output-file r/b.json --resume"
     assert settling(compare({"a": [row()]}, {"b": [row()]})) == []
+    # Nine percent apart, but either side's rounds scatter by four: twice as many would say no more.
+    slower = row([1.09, 1.11, 1.10, 1.13, 1.12], command=command)
+    steady = row([1.0, 1.02, 1.01, 1.04, 1.03], command=command)
+    both = compare({"r/a.json": [steady]}, {"r/b.json": [slower]})
+    assert both.cells[0].verdict == "inconclusive" and not both.cells[0].more_rounds_help
+    assert settling(both) == []
+    assert "--against" in settle_lines(both)[-1]
 
 
 # -- files of strangers --------------------------------------------------------------------------------------------

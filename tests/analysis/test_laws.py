@@ -128,3 +128,24 @@ def test_the_lengths_that_make_a_law():
 def test_no_points_end_it(points):
     found = fit(points, {t: [[float("nan"), -1.0, "x"], None, [1e-29], [1e29]] for t in points}, bound=[7])
     assert found is None or (np.isfinite(found.exponent) and found.word)
+
+
+def test_what_does_not_grow_is_constant_however_many_lengths_show_it():
+    lengths = [1024 << i for i in range(5)]
+    state = fit(dict.fromkeys(lengths, 65536.0))
+    assert (state.is_law, state.word, state.missing) == (True, "constant", ()) and abs(state.exponent) < 0.01
+    generator = np.random.default_rng(0)
+    noisy = fit({t: 1e-4 * float(np.exp(generator.normal(0, 0.01))) for t in lengths})
+    assert noisy.is_law and noisy.word == "constant"
+    # A floor of thirty times the first length's work is not all there is.
+    assert fit({t: 30 * 1024.0 + t for t in lengths}).word != "constant"
+
+
+def test_a_slope_of_one_round_supposes_what_processes_differ_by():
+    lengths = (65536, 1 << 20)
+    one = {t: [[t * 1e-8 * (1 + 1e-4 * i) for i in range(20)]] for t in lengths}
+    found = fit({t: t * 1e-8 for t in lengths}, one)
+    assert 0.01 < found.high - found.low < 0.1 and found.word == "linear"
+    three = {t: [[t * 1e-8 * (1 + 1e-4 * i)] for i in range(3)] for t in lengths}
+    narrow = fit({t: t * 1e-8 for t in lengths}, three)
+    assert narrow.high - narrow.low < 0.2 * (found.high - found.low)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longctx.analysis.ranking import base_of, rank, ratio, ratio_over_rounds
+from longctx.analysis.ranking import base_of, level_with_first, rank, ratio, ratio_over_rounds
 from longctx.results import BenchmarkResult
 
 
@@ -63,3 +63,14 @@ def test_rank_goes_by_ratios_where_times_of_a_noisy_machine_disagree():
     dense, a, b = row("Dense", [[1.0], [9.0]]), row("A", [[0.8], [7.2]]), row("B", [[0.7], [6.3]])
     a.forward_time_median, b.forward_time_median = 0.8, 6.3
     assert [r.result.block_name for r in rank([dense, a, b], 1024)] == ["B", "A", "Dense"]
+
+
+def test_a_ratio_of_two_rounds_is_the_inverse_of_the_inverse():
+    one, other = row("A", [[0.35], [0.38]]), row("Dense", [[0.48], [0.22]])
+    forth, back = ratio_over_rounds(one, other), ratio_over_rounds(other, one)
+    assert forth.value == pytest.approx(1 / back.value) and forth.low < 1 < forth.high
+
+
+def test_level_rows_are_those_that_the_rounds_do_not_tell_from_the_first():
+    first, near, far = row("A", [[1.0], [2.0]]), row("B", [[1.04], [1.98]]), row("C", [[1.3], [2.6]])
+    assert [found.block_name for found in level_with_first([first, near, far])] == ["A", "B"]

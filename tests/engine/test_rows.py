@@ -78,6 +78,16 @@ def test_one_sample_has_no_spread_and_under_six_have_no_interval():
     assert row_of(found(*STEADY[:3]), found(*STEADY[3:])).forward_time_ci95 == [STEADY[0], STEADY[-1]]
 
 
+def test_a_round_of_many_samples_counts_as_much_as_one_of_few():
+    row = row_of(found(*[1.0] * 50), found(*[2.0] * 6))
+    assert (row.forward_time_mean, row.forward_time_median) == (1.5, 1.5)
+    assert row.throughput_tokens_per_sec == pytest.approx(200 / 1.5)
+    # The time is always in it: of all samples together it would be [1, 1].
+    assert row.forward_time_ci95 == [1.0, 2.0]
+    seven = row_of(*(found(*[float(i)] * 6) for i in range(1, 8)))
+    assert seven.forward_time_ci95 == [1.0, 7.0]
+
+
 def test_rounds_that_disagree_are_unstable():
     row = row_of(found(*STEADY))
     assert row.warnings == []
