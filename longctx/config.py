@@ -270,6 +270,8 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         self.results_dir = os.fspath(self.results_dir)
         self.output_file = None if self.output_file is None else os.fspath(self.output_file)
+        if self.output_file == "":
+            raise UsageError("the output file has no name", "leave --output-file out for a new file")
         if isinstance(self.sequence_lengths, int | str):
             self.sequence_lengths = [self.sequence_lengths]
         self.sequence_lengths = list(dict.fromkeys(parse_length(length) for length in self.sequence_lengths))

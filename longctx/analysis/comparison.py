@@ -202,6 +202,9 @@ def _disjoint(pairs: Sequence[Pair]) -> list[str]:
             shown = [", ".join(side[:4]) + (", ..." if len(side) > 4 else "") for side in sides]
             word = "block" if name == "name" else name.replace("_", " ")
             lines.append(f"{word} {shown[0]} in base, {shown[1]} in new")
+            if name == "name":
+                # Other blocks have other options.
+                return lines
     return lines
 
 

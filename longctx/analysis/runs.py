@@ -9,21 +9,34 @@ from longctx.analysis.plausibility import mark_suspects
 from longctx.errors import ResultsError
 from longctx.results import BenchmarkResult, last_results_path, read_results
 
+OLDER = "@"
+"""Before the source in the name of a block that has a newer one in the same file."""
+
 
 def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, list[BenchmarkResult]]:
     """label -> rows of each file in `paths`, or of the newest file under `results_dir` if none is named.
 
-    Rows whose time does not grow get the warning `suspect`, whoever wrote them. Raises ResultsError for a file that
-    cannot be read or holds no rows, and when there is no sweep yet.
+    Rows whose time does not grow get the warning `suspect`, whoever wrote them, and those of an older source of a block
+    its first digits in their name. Raises ResultsError for a file that cannot be read or holds no rows, and when there
+    is no sweep yet.
     """
     runs = {}
     for label, path in run_paths(paths, results_dir=results_dir).items():
         rows = read_results(path)
         if not rows:
             raise ResultsError(f"{path} holds no results", "its sweep ended before the first cell was done")
+        name_older_sources(rows)
         mark_suspects(rows)
         runs[label] = rows
     return runs
+
+
+def name_older_sources(rows: Sequence[BenchmarkResult]) -> None:
+    """`Mine` becomes `Mine@0a1b2c3` in the rows of a source that is not that of the last row of this name."""
+    newest = {row.block_name: row.source_hash for row in rows if row.source_hash}
+    for row in rows:
+        if row.source_hash and row.source_hash != newest[row.block_name]:
+            row.block_name = f"{row.block_name}{OLDER}{str(row.source_hash)[:7]}"
 
 
 def run_paths(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, Path]:

@@ -77,7 +77,8 @@ def _show(plan: SweepPlan, command: str) -> None:
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     rounds = f"{plan.rounds} round{'' if plan.rounds == 1 else 's'}"
     free = fmt.memory(plan.free_bytes)
-    say(console, f"{len(plan.cells)} cells in {rounds}: {said}; {free} are free")
+    cells = f"{len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'}"
+    say(console, f"{cells} in {rounds}: {said}; {free} are free")
     say(console, Text(BOUND if plan.peaks else NO_PEAKS, style="dim"))
     # The command has a line of its own, which can be copied however narrow the screen is.
     say(console, "nothing was measured; without --dry-run:")

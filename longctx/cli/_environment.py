@@ -90,11 +90,11 @@ def _neighbours(host: Mapping[str, Any]) -> Iterator[Check]:
     if busy is not None:
         free = cores - busy
         if free < threads - BUSY_LIMIT_CORES:
-            text = f"other programs keep {number(busy)} of {cores} logical cores busy"
-            advice = f"end them, or measure with --threads {max(1, int(free))}"
+            text = f"other programs keep {busy:.1f} of {cores} logical cores busy"
+            advice = f"end them, or measure with --threads {int(free)}" if free >= 1 else "end them"
             yield Check(level="warning", text=text, advice=advice)
         else:
-            yield Check(level="ok", text=f"other programs use {number(busy)} of {cores} logical cores")
+            yield Check(level="ok", text=f"other programs use {busy:.1f} of {cores} logical cores")
     if steal is not None and steal > STEAL_LIMIT:
         yield Check(
             level="warning",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import typer
+
 from longctx.errors import ResultsError, UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +74,10 @@ def _chosen(runs: Mapping[str, Sequence[BenchmarkResult]], x: XAxis, metrics: Se
     if metrics is not None:
         return metrics
     rows = [row for each in runs.values() for row in each]
-    return [name for name in PUBLISHED if collect(runs, metric_for(name, rows), x)[0]] or PUBLISHED[:1]
+    found = {name: collect(runs, metric_for(name, rows), x)[0] for name in PUBLISHED}
+    # Of one length the scaling is the time once more.
+    least = {name: 2 if name == "scaling" else 1 for name in found}
+    return [n for n, curves in found.items() if any(len(c.points) >= least[n] for c in curves)] or PUBLISHED[:1]
 
 
 def machines_line(rows: Mapping[str, Sequence[BenchmarkResult]]) -> str:
@@ -106,12 +111,21 @@ def _modes(
 
 
 def _roofs(rows: Sequence[BenchmarkResult]) -> list[tuple[str, list[BenchmarkResult], Roof]]:
-    """(title, rows, roof) of each number format of `rows`. Raises LongctxError if there is none, or no kept peaks."""
-    found = []
+    """(title, rows, roof) of each number format of `rows` that has kept peaks. Raises LongctxError if there is none."""
+    found, lacking = [], None
     for dtype in dict.fromkeys(str(row.dtype) for row in rows):
         group = [row for row in rows if str(row.dtype) == dtype]
-        if roof := roof_of(group, dtype):
+        try:
+            roof = roof_of(group, dtype)
+        except ResultsError as error:
+            lacking = lacking or error
+            continue
+        if roof:
             found.append((f"Roofline of {group[0].mode}, {dtype}", group, roof))
+    if lacking and not found:
+        raise lacking
+    if lacking:
+        typer.echo(f"warning: {lacking.message}", err=True)
     if not found:
         raise ResultsError(
             "there is no roofline to draw: no row has a time and a cost model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -14,10 +15,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from longctx.cli._presets import OPTION, with_presets
-from longctx.errors import LongctxError
+from longctx.errors import LongctxError, UsageError
 
 DEBUG = "LONGCTX_DEBUG"
 BUG = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # What Typer says of a wrong command line. It has had a public name since 0.28.
 TYPER_ERROR = getattr(typer, "TyperException", None) or typer.BadParameter.__mro__[-4]
 CLOSED_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
@@ -133,6 +135,12 @@ class Program(TyperGroup):
         except BrokenPipeError:
             _drop_output()
             return CLOSED_PIPE
+        except OSError as error:
+            if error.errno not in FULL:
+                return _bug(error)
+            _drop_output()
+            _say("error", f"cannot write: {error.strerror}", "make room, or write to another place")
+            return UsageError.exit_code
         except KeyboardInterrupt as error:
             _say("interrupted", "", None)
             return interrupt_exit_code(error)

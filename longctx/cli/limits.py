@@ -77,11 +77,11 @@ def limits(
     0 ok, 3 no block fits at any length, 130 interrupted, with all that was tried saved.
     """
     from longctx.cli._measure import print_json, watched
-    from longctx.config import BenchmarkConfig, parse_blocks, parse_length
+    from longctx.config import BenchmarkConfig, parse_length
     from longctx.engine.run_limits import limits_command, run_limits
     from longctx.terminal.limits import limits_document, limits_view
 
-    names = [str(request) for request in parse_blocks(blocks or [])]
+    names = options.block_names(blocks)
     longest = None if max_length is None else parse_length(max_length)
     given, vary = options.axes(
         batch_size=batch_size,

@@ -245,6 +245,16 @@ def _whole(name: str, word: str) -> int:
     return int(word)
 
 
+def block_names(blocks: list[str] | None) -> list[str]:
+    """What --blocks names, as blocks are written; none where it is left out. Raises UsageError if it names none."""
+    from longctx.config import parse_blocks
+
+    names = [str(request) for request in parse_blocks(blocks or [])]
+    if blocks is not None and not names:
+        raise UsageError("--blocks names no block", "leave it out for all of ours")
+    return names
+
+
 def words(values: list[str] | None) -> list[str]:
     """The words of a list in which commas separate too, in order, without duplicates and empty ones."""
     parts = [part.strip() for value in values or [] for part in value.split(",")]

@@ -56,7 +56,7 @@ def quick(
     One round of a few calls, not saved unless --output-file is given. `longctx sweep` measures with more care.
     """
     from longctx.cli._measure import exit_code, measure, print_json
-    from longctx.config import BenchmarkConfig, parse_blocks
+    from longctx.config import BenchmarkConfig
     from longctx.reproduce import command_line
 
     given, vary = options.axes(
@@ -68,7 +68,7 @@ def quick(
         dtype=dtype,
         mode=mode,
     )
-    names = [str(request) for request in parse_blocks(blocks or [])]
+    names = options.block_names(blocks)
     common = {"rounds": 1, "fixed_runs": True, "save_results": False, "benchmark_runs": 5, "energy": False}
     defaults = BenchmarkConfig(sequence_lengths=[2048], **common)
     config = BenchmarkConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,8 +15,6 @@ from longctx.config import BenchmarkConfig
 from longctx.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
     from rich.text import Text
 
@@ -57,6 +56,9 @@ def report(
     from longctx.analysis.runs import load_runs, run_paths
     from longctx.terminal.export import to_csv
 
+    for word in crossover or ():
+        if Path(word).is_file() or word.endswith(".json"):
+            raise UsageError(f"--crossover takes two blocks, not the file {word}", "name files before the options")
     if as_json + as_csv + as_markdown > 1:
         raise UsageError("--json, --csv and --markdown are three different documents", "choose one of them")
     # Found once: the newest sweep may be another one a moment later.
@@ -75,9 +77,12 @@ def report(
 
 def _left(rows: Sequence[BenchmarkResult], path: Path) -> list[Unfinished]:
     """What the run in the file at `path` lacks."""
+    from longctx.analysis.runs import OLDER
     from longctx.analysis.unfinished import unfinished, unfinished_search
     from longctx.blocks import names
 
+    # What an older source lacks cannot be measured any more.
+    rows = [row for row in rows if OLDER not in str(row.block_name)]
     return unfinished_search(rows, str(path)) if _of_limits(rows) else unfinished(rows, str(path), blocks=names())
 
 

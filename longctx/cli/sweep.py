@@ -171,12 +171,12 @@ def sweep(
     """
     from longctx.cli._against import check, sweep_against
     from longctx.cli._measure import exit_code, measure, print_json
-    from longctx.config import AGAINST_ROUNDS, DEFAULT_RUNS, BenchmarkConfig, parse_blocks
+    from longctx.config import AGAINST_ROUNDS, DEFAULT_RUNS, BenchmarkConfig
     from longctx.errors import UsageError
     from longctx.reproduce import command_line
 
     check(against=against, guard=guard, fail_on_regression=fail_on_regression)
-    names = [str(request) for request in parse_blocks(blocks or [])]
+    names = options.block_names(blocks)
     defaults = BenchmarkConfig(fixed_runs=False)
     usual_rounds = defaults.rounds if against is None else AGAINST_ROUNDS
     given, vary = options.axes(

@@ -89,12 +89,23 @@ class Sweep(Preparation):
             stack.callback(self.close)
             if self.config.resume and self.config.output_file is None:
                 self.emit(Notice(text="nothing to resume: without --output-file a new file is begun", level="warning"))
+            if self.config.resume and self.config.force:
+                self.emit(Notice(text="--force counts for nothing beside --resume", level="warning"))
+            if self.config.retry and not self.config.resume:
+                self.emit(Notice(text="--retry counts for nothing without --resume", level="warning"))
             return self._run(stack)
 
     def _run(self, stack: contextlib.ExitStack) -> list[BenchmarkResult]:
         self._look(stack)
         if self.config.cuda_graph and not self.environment.get("gpu"):
             self.emit(Notice(text="--cuda-graph is for GPUs: calls are timed as they are", level="warning"))
+        cores = len(self.environment.get("affinity") or [])
+        if cores and self.threads > cores:
+            self.emit(
+                Notice(
+                    text=f"{self.threads} threads share {cores} logical cores and wait for each other", level="warning"
+                )
+            )
         self.judge = Judge(self.environment, self._measure_peaks)
         self._say_started()
         try:

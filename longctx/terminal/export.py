@@ -50,6 +50,7 @@ COLUMNS = (
     "backward_part_s",
     "state_bytes",
     "path",
+    "source_hash",
 )
 SHAPE = ("module_class", "d_model", "n_heads", "num_kv_heads", "layers")
 """Columns from the configuration of a row: a sweep may hold several of each."""

@@ -128,7 +128,8 @@ class PlainView(SweepView):
                 if event.path:
                     self.say(Text(f"results: {fmt.plain(event.path)}"))
                 if event.reused:
-                    self.say(Text(f"{len(event.reused)} rows are taken over from that file"))
+                    count = len(event.reused)
+                    self.say(Text(f"{count} {'row is' if count == 1 else 'rows are'} taken over from that file"))
             case RoundStarted() if self.rounds > 1:
                 self.say(Text(f"round {event.index + 1} of {self.rounds}"))
             case CellFinished():
@@ -257,9 +258,13 @@ class LiveView(SweepView):
             return Text(fmt.shorten(self.message, width), style="dim", no_wrap=True)
         head = f" {fmt.tokens(cell.length)}  " + "".join(f"{axis.text(cell)}  " for axis in self.axes) + self.phase
         if self.sample_count:
-            last = " ".join(fmt.duration(s).replace(" ", "") for s in self.samples)
-            samples = f"  {self.sample_count} sample{'' if self.sample_count == 1 else 's'}: {last}"
-            head += fmt.shorten(samples, max(0, width - len(head) - 12), ellipsis="~" if self.ascii else "…")
+            last = [fmt.duration(s).replace(" ", "") for s in self.samples]
+            count = f"  {self.sample_count} sample{'' if self.sample_count == 1 else 's'}"
+            room = width - len(head) - 12
+            # The last of them that there is room for.
+            while last and len(count) + 2 + len(" ".join(last)) > room:
+                last.pop(0)
+            head += f"{count}: {' '.join(last)}" if last else count if len(count) <= room else ""
         name = fmt.shorten(fmt.plain(cell.block.name), max(8, width - len(head)), ellipsis="~" if self.ascii else "…")
         return Text.assemble((name, "bold cyan"), head, no_wrap=True, overflow="ellipsis")
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MIN_WIDTH, MAX_WIDTH = 40, 100
 MIN_HEIGHT, MAX_HEIGHT = 12, 20
-MARKERS = "●■▲◆○□△◇▼▽+x$abcdefg"
+MARKERS = "●■▲◆○□△◇▼▽+x$abcdefghijkmnpqrstuwyzBCDEFGHIJKLMNPQRSTUVWZ"
 # ANSI colours that are legible on light and dark backgrounds, in the order in which curves take them.
 COLORS = ("blue", "red", "green", "magenta", "cyan", "yellow")
 COLOR_CODES = {"blue": 4, "red": 1, "green": 2, "magenta": 5, "cyan": 6, "yellow": 3}

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -298,3 +299,20 @@ def test_sigterm_ends_in_143_with_the_terminal_put_back() -> None:
 
 def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_no_bug_of_ours(tmp_path):
+    write(tmp_path / "run.json", [row("Dense", 1024, 1.0).to_json()])
+    line = f'"$PYTHON" -m longctx report {tmp_path}/run.json --json > /dev/full'
+    environment = dict(os.environ, PYTHON=sys.executable)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2 and "cannot write: No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["sweep", "--blocks", ""], ["quick", "--blocks", ","], ["limits", "--blocks", ""]])
+def test_an_empty_name_is_not_all_blocks(longctx, words):
+    code, _, err = longctx(*words)
+    assert code == 2 and "--blocks names no block" in err
+    code, _, err = longctx("sweep", "--output-file", "")
+    assert code == 2 and "has no name" in err

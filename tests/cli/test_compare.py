@@ -287,3 +287,17 @@ def test_no_torch_is_loaded(base, new):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
+
+
+def test_a_file_against_itself_is_told_so(longctx, base):
+    _, out, err = longctx("compare", base, base)
+    assert "base and new are the same" in err
+    assert out.count(" --resume") <= 1
+
+
+def test_sides_of_other_blocks_are_told_by_their_names(longctx, tmp_path, base):
+    others = rows()
+    for row in others:
+        row.block_name, row.block_options = f"My{row.block_name}", {"size": 3}
+    code, _, err = longctx("compare", base, write(tmp_path / "other.json", others))
+    assert code == 2 and "block BLADE, Dense in base, MyBLADE, MyDense in new" in err and "size" not in err

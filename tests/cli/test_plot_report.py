@@ -400,3 +400,30 @@ def test_in_decode_what_a_block_holds_is_its_state(longctx, tmp_path):
         code, out, _ = longctx("report", path, *words)
         assert code == 0
         assert head in out and "least memory" not in out
+
+
+def test_an_older_source_of_a_block_has_a_name_of_its_own(longctx, tmp_path):
+    old, new = rows(2.0, name="Mine"), rows(name="Mine")
+    for found, source in ((old, "0486877aa"), (new, "ffff000bb")):
+        for row in found:
+            row.source_hash = source if row.block_name == "Mine" else "same"
+    path = write(tmp_path / "run.json", [row for row in old if row.block_name == "Mine"] + new)
+    _, out, _ = longctx("report", path)
+    assert len(re.findall(r"^ +\dK +Mine@0486877 ", out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +\dK +Mine +\d", out, re.MULTILINE)) == 3
+    _, out, _ = longctx("plot", path, "--metric", "time")
+    assert "Mine@0486877" in out
+    table = list(csv.DictReader(io.StringIO(longctx("report", path, "--csv")[1])))
+    assert {row["source_hash"] for row in table if row["block_name"] == "Mine"} == {"ffff000bb"}
+
+
+def test_one_length_has_no_scaling(longctx, tmp_path):
+    path = write(tmp_path / "run.json", [row for row in rows() if row.sequence_length == 1024])
+    _, out, _ = longctx("plot", path)
+    assert "Forward time" in out and "Scaling" not in out
+    assert "Scaling" in longctx("plot", path, "--metric", "scaling")[1]
+
+
+def test_a_file_is_no_block_of_a_crossover(longctx, saved):
+    code, _, err = longctx("report", "--crossover", "BLADE", saved)
+    assert code == 2 and f"not the file {saved}" in err.replace("\n  ", "").replace("\n", "")

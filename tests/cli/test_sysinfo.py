@@ -49,7 +49,7 @@ def test_a_quiet_machine_is_all_ok(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "level", "said"),
     [
-        ({"host": {"others_busy_cores": 3.5}}, "warning", "3.50 of 4 logical cores busy"),
+        ({"host": {"others_busy_cores": 3.5}}, "warning", "3.5 of 4 logical cores busy"),
         ({"host": {"steal_fraction": 0.2}}, "warning", "20.0%"),
         ({"host": {"governor": "powersave", "turbo": None}}, "warning", "powersave"),
         ({"host": {"memory_available_bytes": 1 << 30}}, "warning", "1.00 GiB"),
