@@ -39,6 +39,7 @@ class BenchmarkResult:
     sequence_length: int
     batch_size: int = 1
     forward_time_mean: float | None = None
+    """Mean over rounds of the mean of each round's samples."""
     forward_time_std: float | None = None
     forward_time_min: float | None = None
     forward_time_max: float | None = None
@@ -68,7 +69,8 @@ class BenchmarkResult:
     forward_time_median: float | None = None
     """Median over rounds of the median of each round's samples: the value that tables show."""
     forward_time_ci95: list[float] | None = None
-    """[low, high] of the median of all samples, seconds; None under six samples."""
+    """[low, high] around forward_time_median, seconds; None under six samples. Of one round 95% of its median, of six
+    and more 95% of the rounds' medians, of fewer rounds from the lowest end of one's interval to the highest."""
     samples: list[list[float]] = field(default_factory=list)
     """Seconds, one list a round. Nothing is trimmed."""
     first_call_s: float | None = None

@@ -334,6 +334,8 @@ def _mode_document(found: Conclusions, extra: Sequence[Crossover] | None) -> dic
                 "crossings": c.crossings,
                 "launch_bound": c.launch_bound,
                 "one_round": c.one_round,
+                "told_at": list(c.told),
+                "not_told_at": list(c.untold),
                 "reason": c.reason or None,
                 "words": crossing_line(c),
             }
