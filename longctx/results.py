@@ -170,7 +170,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise ResultsError(f"there is no file {name}", "`longctx sweep` writes one; name its path") from None
     except IsADirectoryError:
-        raise ResultsError(f"{name} is a folder", "name a results file in it") from None
+        raise ResultsError(f"cannot read {name}: it is a folder", "name a results file in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"cannot read {name}: {error}") from None
     except (ValueError, RecursionError) as error:
