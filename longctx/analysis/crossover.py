@@ -156,9 +156,15 @@ def _seen(logs: Mapping[int, Sequence[float]], bound: Container[int]) -> _Noise:
 
     groups = {kind: pooled([t for t in logs if (t in bound) == kind]) for kind in (True, False)}
     together = pooled(list(logs))
-    # The quieter ones are at least as sure as all are together.
-    quiet = {kind: [group, together] if group[0] <= together[0] else [group] for kind, group in groups.items()}
-    return _Noise([min(quiet[t in bound], key=lambda one: student(one[1]) * one[0]) for t in logs])
+
+    def of(group: tuple[float, int]) -> tuple[float, int]:
+        if math.isinf(group[0]):
+            return together
+        # The quieter ones are at least as sure as all are together.
+        known = [group, together] if group[0] <= together[0] else [group]
+        return min(known, key=lambda one: student(one[1]) * one[0])
+
+    return _Noise([of(groups[t in bound]) for t in logs])
 
 
 def _supposed(a: Curve, b: Curve, lengths: Sequence[int]) -> _Noise | None:

@@ -284,3 +284,15 @@ def test_slopes_of_time_and_memory_are_of_the_same_lengths():
         row.peak_memory_mb = peak
     (found,) = growths(curves(run))
     assert (found.memory.shortest, found.memory.exponent) == (65536, pytest.approx(1.0))
+
+
+def test_a_length_of_one_round_beside_others_of_three_is_as_sure_as_those():
+    run = [
+        *rows("A", lambda t: 1e-8 * t, LENGTHS[:3], noise=0.001),
+        *rows("Dense", lambda t: 2e-8 * t, LENGTHS[:3], noise=0.001),
+    ]
+    for row in run:
+        if row.sequence_length == LENGTHS[0]:
+            row.samples, row.warnings = row.samples[:1], ["launch_bound"]
+    found = crossover(*growths(curves(run)))
+    assert (found.verdict, found.untold) == ("below", ())
