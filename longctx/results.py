@@ -169,10 +169,8 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             records = json.load(file, parse_constant=lambda _: None, parse_float=_finite)
     except FileNotFoundError:
         raise ResultsError(f"there is no file {name}", "`longctx sweep` writes one; name its path") from None
-    except IsADirectoryError:
-        raise ResultsError(f"cannot read {name}: it is a folder", "name a results file in it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"cannot read {name}: {error}") from None
+        raise ResultsError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
     except (ValueError, RecursionError) as error:
         raise ResultsError(
             f"{name} is not a results file: {plain_text(str(error), 200)}", "the file was left as it is"

@@ -139,8 +139,7 @@ def _growing(winner: Growth, found: Sequence[Growth], base: str) -> str | None:
     dense = next((g for g in found if g.curve.block == base and g.curve.setting == winner.curve.setting), None)
     if winner.time is None:
         if winner.said.endswith("launch-bound"):
-            part = {"mostly": "Most", "partly": "Some"}.get(winner.said.split()[0], "All")
-            text = f"{part} of its times are those of launching kernels, so they do not say how it grows"
+            text = f"Its times are {winner.said}, and launching kernels says nothing of how it grows"
             return text + (f"; add {_listed(winner.missing)}." if winner.missing else ".")
         return None
     text = f"The time of {winner.curve.block} grows as {_exponent(winner.time)}"

@@ -135,7 +135,7 @@ class _Noise:
     """Of each length in order: the standard error of its log ratio, and its degrees of freedom. least: how far off
     every ratio may be in any case."""
 
-    errors: list[tuple[float, int]]
+    errors: list[tuple[float, float]]
     least: float = 0.0
 
     def halves(self, outside: float) -> list[float]:
@@ -175,7 +175,7 @@ def _supposed(a: Curve, b: Curve, lengths: Sequence[int]) -> _Noise | None:
     error = math.sqrt(2 * statistics.fmean(variances))
     kinds = {device_kind(curve.rows[t]) for curve in (a, b) for t in lengths}
     unseen = max(UNSEEN.get(kind, UNSEEN["cpu"]) for kind in kinds)
-    return _Noise([(error, 1000)] * len(lengths), least=math.log1p(unseen))
+    return _Noise([(error, math.inf)] * len(lengths), least=math.log1p(unseen))
 
 
 def _paired(ours: object, theirs: object) -> list[float]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEAST_LENGTHS, LEAST_SPAN = 5, 16
-UNSEEN = 0.02
+BETWEEN_PROCESSES = 0.02
 """Relative standard deviation between processes, of which a single round knows nothing."""
 LEAST_FREE = 3
 """Lengths at which the work, not the launching, takes the time: fewer give no law."""
@@ -269,8 +269,8 @@ def _slope(points: Mapping[int, float], samples: Mapping[int, list[list[float]]]
     known = point_variance(lengths, samples)
     # A bend of the curve is no noise: how far off the points lie counts only where no round tells the noise.
     if known:
-        unseen = UNSEEN if max(len(samples.get(t, [])) for t in lengths) == 1 else LEAST_NOISE
-        variance, df = max(known[0], unseen**2), known[1]
+        one_round = max(len(samples.get(t, [])) for t in lengths) == 1
+        variance, df = max(known[0], (BETWEEN_PROCESSES if one_round else LEAST_NOISE) ** 2), known[1]
     elif len(lengths) >= 4:
         df = len(lengths) - 2
         variance = max(rest / df, LEAST_NOISE**2)

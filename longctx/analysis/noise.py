@@ -90,9 +90,9 @@ def pooled(least: float, df: int, known: tuple[float, int] | None) -> tuple[floa
 
 
 @functools.cache
-def student(df: int, outside: float = 0.05) -> float:
-    """The two-sided quantile of Student's t that leaves `outside` beyond it."""
-    df = min(df, 1000)  # further ones are normal to three digits
+def student(df: float, outside: float = 0.05) -> float:
+    """The two-sided quantile of Student's t that leaves `outside` beyond it. df: whole, or infinite."""
+    df = int(min(df, 1000))  # further ones are normal to three digits
     low, high = 0.0, 1.0
     while _within(high, df) < 1 - outside:
         high *= 2

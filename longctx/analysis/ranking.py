@@ -16,6 +16,10 @@ from longctx.results import BenchmarkResult
 
 BASE = "Dense"
 """The block against which ratios are given."""
+SAME = 1.01
+"""Figures closer than this are the same to a choice."""
+LEVEL = 1.10
+"""Rounds that contradict each other make blocks level up to this ratio; beyond it they make them only unsure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ class Ranked:
     place: int
     result: BenchmarkResult
     ratio: Ratio | None
-    figure: float = 0.0
+    figure: float
 
 
 def rank(results: Iterable[BenchmarkResult], length: int, *, base: str = BASE) -> list[Ranked]:
@@ -102,18 +106,12 @@ def rank(results: Iterable[BenchmarkResult], length: int, *, base: str = BASE) -
     bases = [base_of(row, rows, base) for row in rows]
     pairs = [(row, ratio_over_rounds(row, other) if other else None) for row, other in zip(rows, bases, strict=True)]
     by_ratio = all(found for _, found in pairs) and len({id(other) for other in bases}) == 1
-    figures = [found.value if by_ratio else row.time_s / max(1, row.batch_size) for row, found in pairs]
-    order = sorted(range(len(pairs)), key=figures.__getitem__)
+    ranked = [(found.value if by_ratio else row.time_s / max(1, row.batch_size), row, found) for row, found in pairs]
+    ranked.sort(key=lambda each: each[0])
     return [
-        Ranked(place=place, result=pairs[i][0], ratio=pairs[i][1], figure=figures[i])
-        for place, i in enumerate(order, start=1)
+        Ranked(place=place, result=row, ratio=found, figure=figure)
+        for place, (figure, row, found) in enumerate(ranked, start=1)
     ]
-
-
-SAME = 1.01
-"""Figures closer than this are the same to a choice."""
-LEVEL = 1.10
-"""Rounds that contradict each other make blocks level up to this ratio; beyond it they make them only unsure."""
 
 
 def level_with_first(rows: Sequence[BenchmarkResult]) -> list[BenchmarkResult]:

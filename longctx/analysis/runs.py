@@ -9,9 +9,6 @@ from longctx.analysis.plausibility import mark_suspects
 from longctx.errors import ResultsError
 from longctx.results import BenchmarkResult, last_results_path, read_results
 
-OLDER = "@"
-"""Before the source in the name of a block that has a newer one in the same file."""
-
 
 def load_runs(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, list[BenchmarkResult]]:
     """label -> rows of each file in `paths`, or of the newest file under `results_dir` if none is named.
@@ -36,7 +33,16 @@ def name_older_sources(rows: Sequence[BenchmarkResult]) -> None:
     newest = {row.block_name: row.source_hash for row in rows if row.source_hash}
     for row in rows:
         if row.source_hash and row.source_hash != newest[row.block_name]:
-            row.block_name = f"{row.block_name}{OLDER}{str(row.source_hash)[:7]}"
+            row.block_name += _mark(row)
+
+
+def is_of_older_source(row: BenchmarkResult) -> bool:
+    """Whether `name_older_sources` has named it."""
+    return bool(row.source_hash) and str(row.block_name).endswith(_mark(row))
+
+
+def _mark(row: BenchmarkResult) -> str:
+    return f"@{str(row.source_hash)[:7]}"
 
 
 def run_paths(paths: Sequence[str | Path], *, results_dir: str | Path) -> dict[str, Path]:

@@ -47,9 +47,12 @@ def settling(comparison: Comparison) -> list[Command]:
                 place = (side, str(pool.rows[-1].command), pool.paths[-1])
                 wanted[place] = max(wanted.get(place, FEWEST_ROUNDS), _rounds_in_last_file(pool) + missing)
     lines = [(side, with_rounds(command, path, rounds)) for (side, command, path), rounds in wanted.items()]
-    # A file that is both sides is measured once.
-    sides = {text: side for side, text in reversed(lines) if text}
-    return [Command(side=side, text=text) for text, side in reversed(sides.items())]
+    first_sides: dict[str, str] = {}
+    for side, text in lines:
+        if text:
+            # A file that is both sides is measured once.
+            first_sides.setdefault(text, side)
+    return [Command(side=side, text=text) for text, side in first_sides.items()]
 
 
 def _rounds_in_last_file(pool: Pool) -> int:

@@ -74,10 +74,13 @@ def _chosen(runs: Mapping[str, Sequence[BenchmarkResult]], x: XAxis, metrics: Se
     if metrics is not None:
         return metrics
     rows = [row for each in runs.values() for row in each]
-    found = {name: collect(runs, metric_for(name, rows), x)[0] for name in PUBLISHED}
-    # Of one length the scaling is the time once more.
-    least = {name: 2 if name == "scaling" else 1 for name in found}
-    return [n for n, curves in found.items() if any(len(c.points) >= least[n] for c in curves)] or PUBLISHED[:1]
+
+    def has_a_picture(name: str) -> bool:
+        # Of one length the scaling is the time once more.
+        least = 2 if name == "scaling" else 1
+        return any(len(curve.points) >= least for curve in collect(runs, metric_for(name, rows), x)[0])
+
+    return list(filter(has_a_picture, PUBLISHED)) or PUBLISHED[:1]
 
 
 def machines_line(rows: Mapping[str, Sequence[BenchmarkResult]]) -> str:
@@ -122,9 +125,9 @@ def _roofs(rows: Sequence[BenchmarkResult]) -> list[tuple[str, list[BenchmarkRes
             continue
         if roof:
             found.append((f"Roofline of {group[0].mode}, {dtype}", group, roof))
-    if lacking and not found:
-        raise lacking
     if lacking:
+        if not found:
+            raise lacking
         typer.echo(f"warning: {lacking.message}", err=True)
     if not found:
         raise ResultsError(

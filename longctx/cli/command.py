@@ -19,7 +19,7 @@ from longctx.errors import LongctxError, UsageError
 
 DEBUG = "LONGCTX_DEBUG"
 BUG = 1
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # What Typer says of a wrong command line. It has had a public name since 0.28.
 TYPER_ERROR = getattr(typer, "TyperException", None) or typer.BadParameter.__mro__[-4]
 CLOSED_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1

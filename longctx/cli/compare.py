@@ -95,7 +95,8 @@ def compare(
     if as_json and as_markdown:
         raise UsageError("--json and --markdown are two different documents", "choose one of them")
     sides = [side_of("base", base, more_base), side_of("new", new, more_new)]
-    if [*map(Path.resolve, map(Path, sides[0]))] == [*map(Path.resolve, map(Path, sides[1]))]:
+    first, second = ({Path(path).resolve() for path in side} for side in sides)
+    if first == second:
         typer.echo("warning: base and new are the same, which tells no more than how noisy they are", err=True)
     found = compare_runs(*sides, guard=None if guard is None else guard / 100, allow_different=allow_different)
     if as_json:

@@ -77,12 +77,12 @@ def report(
 
 def _left(rows: Sequence[BenchmarkResult], path: Path) -> list[Unfinished]:
     """What the run in the file at `path` lacks."""
-    from longctx.analysis.runs import OLDER
+    from longctx.analysis.runs import is_of_older_source
     from longctx.analysis.unfinished import unfinished, unfinished_search
     from longctx.blocks import names
 
     # What an older source lacks cannot be measured any more.
-    rows = [row for row in rows if OLDER not in str(row.block_name)]
+    rows = [row for row in rows if not is_of_older_source(row)]
     return unfinished_search(rows, str(path)) if _of_limits(rows) else unfinished(rows, str(path), blocks=names())
 
 

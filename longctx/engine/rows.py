@@ -12,9 +12,6 @@ from longctx.analysis.statistics import is_unstable, median, median_ci95, round_
 from longctx.config import Cell
 from longctx.results import BenchmarkResult
 
-FEWEST_SAMPLES = 6
-"""Fewer do not hold their median with 95%."""
-
 _NAMES = {field.name for field in dataclasses.fields(BenchmarkResult)}
 
 
@@ -103,7 +100,7 @@ def _interval(rounds: list[list[float]]) -> list[float] | None:
     """
     if of_rounds := median_ci95(map(statistics.median, rounds)):
         return of_rounds
-    if sum(map(len, rounds)) < FEWEST_SAMPLES:
+    if median_ci95(value for values in rounds for value in values) is None:
         return None
     ends = [median_ci95(values) or [min(values), max(values)] for values in rounds]
     return [min(low for low, _ in ends), max(high for _, high in ends)]

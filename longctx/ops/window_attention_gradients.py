@@ -219,21 +219,22 @@ def _grad_keys(
 
 @triton.jit
 def _to_keys(
-    k, v, queries, grad, q_token, g_token, sums, delta, start, stop, end, first, left, right, hidden, seed, lane,
-    numbered, dropout, scale, acc_k, acc_v,
+    k, v, queries, grad, q_token, g_token, sums, delta, start, stop, line_end, first, left, right, hidden, seed,
+    lane, numbered, dropout, scale, acc_k, acc_v,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries from `start` on, none from `stop` on, added to the gradients of the keys from `first` on.
 
-    end: where the line of sums ends. hidden: whether some of the queries are not there, or do not see some of the keys.
+    line_end: where the line of sums ends. hidden: whether some of the queries are not there, or do not see some of the
+    keys.
     """
     rows = start + tl.arange(0, ROWS)
     there = rows < stop
     q = load_rows(queries, start, q_token, there, ROWS, K, True)
     above = load_rows(grad, start, g_token, there, ROWS, K, True)
     # Read as far as the line goes, and so several at once.
-    total = tl.load(sums + rows, mask=rows < end, other=0.0) * LOG2
-    product = tl.load(delta + rows, mask=rows < end, other=0.0)
+    total = tl.load(sums + rows, mask=rows < line_end, other=0.0) * LOG2
+    product = tl.load(delta + rows, mask=rows < line_end, other=0.0)
     places, cols = rows[None, :], first + tl.arange(0, COLUMNS)[:, None]
     p = weights_of_keys(q, k, total, scale)
     if hidden:

@@ -181,7 +181,7 @@ def _ratio_in_words(fields: Mapping[str, float | None]) -> str:
     value, low, high = fields.values()
     if value is None:
         return ""
-    value, low, high = (quotient if quotient is None else ratio(quotient)[:-1] for quotient in (value, low, high))
+    value, low, high = (None if quotient is None else ratio(quotient)[:-1] for quotient in (value, low, high))
     return value if low is None or high is None else f"{value} ({low} to {high})"
 
 

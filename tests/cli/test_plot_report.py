@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from longctx.analysis.runs import is_of_older_source, name_older_sources
 from longctx.results import BenchmarkResult
 
 LENGTHS = (1024, 2048, 4096)
@@ -415,6 +416,15 @@ def test_an_older_source_of_a_block_has_a_name_of_its_own(longctx, tmp_path):
     assert "Mine@0486877" in out
     table = list(csv.DictReader(io.StringIO(longctx("report", path, "--csv")[1])))
     assert {row["source_hash"] for row in table if row["block_name"] == "Mine"} == {"ffff000bb"}
+
+
+def test_a_block_of_another_checkout_is_no_older_source():
+    sides = [
+        BenchmarkResult(block_name=name, sequence_length=1024, source_hash="0486877aa") for name in ("B", "B@../main")
+    ]
+    sides[1].source_hash = "ffff000bb"
+    name_older_sources(sides)
+    assert [row.block_name for row in sides] == ["B", "B@../main"] and not any(map(is_of_older_source, sides))
 
 
 def test_one_length_has_no_scaling(longctx, tmp_path):
