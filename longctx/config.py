@@ -364,3 +364,9 @@ def variants(config: BenchmarkConfig, vary: Mapping[str, Sequence[Any]] | None) 
     names = [name for name in AXES if name in vary]
     choices = itertools.product(*(dict.fromkeys(vary[name]) for name in names))
     return [dataclasses.replace(config, **dict(zip(names, values, strict=True))) for values in choices]
+
+
+def going_on(path: str) -> list[str]:
+    """The words that go on with the results file at `path`, a path from here."""
+    # A bare name would be looked for under the results folder.
+    return ["--output-file", path if os.path.dirname(path) else os.path.join(os.curdir, path), "--resume"]

@@ -6,13 +6,13 @@ written anew with every word quoted.
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from longctx.analysis.comparison import FEWEST_ROUNDS, Comparison
 from longctx.analysis.matching import Pool, rounds_of
+from longctx.config import going_on
 from longctx.results import MAX_TEXT
 
 _WITH_VALUE = ("--rounds", "--output-file", "--results-dir", "--max-time")
@@ -79,10 +79,7 @@ def search_again(command: str, path: str) -> str | None:
 
 
 def _resumed(words: list[str], path: str) -> str:
-    if not os.path.dirname(path):
-        # A bare name would be looked for under the results folder.
-        path = os.path.join(os.curdir, path)
-    return shlex.join([*words, "--output-file", path, "--resume"])
+    return shlex.join([*words, *going_on(path)])
 
 
 def words_of(command: str, names: Collection[str] = ("sweep", "comprehensive", "quick")) -> list[str]:

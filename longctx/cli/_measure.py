@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from longctx.cli.command import interrupt_exit_code
-from longctx.config import BenchmarkConfig
+from longctx.config import BenchmarkConfig, going_on
 from longctx.results import BenchmarkResult
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _farewell(view: SweepView, command: str) -> list[str]:
 
     rows = "1 row is" if view.rows == 1 else f"{view.rows} rows are"
     if view.path and view.rows:
-        again = f"{command} --output-file {shlex.quote(view.path)} --resume"
+        again = f"{command} {shlex.join(going_on(view.path))}"
         return [f"interrupted; {rows} saved in {plain(view.path)}; go on with:", f"  {plain(again)}"]
     return [f"interrupted; {rows} finished, nothing is saved" if view.rows else "interrupted; nothing was measured yet"]
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from longctx.cli.command import TYPER_ERROR, Interrupted, spread
 from longctx.cli.main import build
+from longctx.config import going_on
 from longctx.errors import MissingError, UsageError
 
 LISTS = {"--blocks", "--sequence-lengths"}
@@ -146,6 +147,12 @@ def test_an_interruption_says_what_is_saved_and_how_to_go_on(call, fake, stop, c
     assert again.startswith("longctx sweep ")
     assert "--sequence-lengths 1024 2048" in again
     assert again.endswith("--output-file reports/benchmark/run.json --resume")
+
+
+def test_how_to_go_on_names_the_file_that_was_written() -> None:
+    # A bare name would be looked for under the results folder, and nothing of it be found.
+    assert going_on("w.json") == ["--output-file", "./w.json", "--resume"]
+    assert going_on("a/w.json") == ["--output-file", "a/w.json", "--resume"]
 
 
 def test_an_interrupted_quick_says_that_nothing_is_saved(call, fake) -> None:
